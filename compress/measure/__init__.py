@@ -1,0 +1,18 @@
+"""Numbers of a model, before and after: counts, size, latency, and the table of them."""
+
+from compress.measure.latency import Latency, latencies, latency
+from compress.measure.summary import ModelSummary, model_size_mb, summarize
+from compress.measure.table import Measurement, Table, compare, table
+
+__all__ = [
+    "Latency",
+    "Measurement",
+    "ModelSummary",
+    "Table",
+    "compare",
+    "latencies",
+    "latency",
+    "model_size_mb",
+    "summarize",
+    "table",
+]

@@ -1,0 +1,111 @@
+"""How long one forward pass takes: the only place of the package that reads a clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress.measure._running import call, device_of, evaluating, tensors_in
+
+_PASSES_IN_TURN = 10
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall time of forward passes in milliseconds; ``samples_ms`` are the raw measurements.
+
+    ``batch`` is the first axis of the first input tensor, ``threads`` torch's CPU threads.
+    """
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    repeats: int
+    batch: int
+    device: str
+    threads: int
+    samples_ms: tuple[float, ...] = field(repr=False, compare=False)
+
+
+def latency(model: nn.Module, dummy_input: Any, *, warmup: int = 10, repeats: int = 50) -> Latency:
+    """Time ``repeats`` forward passes on ``dummy_input`` after ``warmup`` that are not counted.
+
+    ``dummy_input`` is a tensor, a tuple of positional or a dict of keyword arguments, on the
+    model's device. Runs in eval mode without gradients; modes and RNG are left as they were. On
+    CUDA the device's own events are read, so queueing is not mistaken for work. Raises ValueError
+    when ``repeats`` is under 1 or ``warmup`` under 0.
+    """
+    return latencies({"model": model}, dummy_input, warmup=warmup, repeats=repeats)["model"]
+
+
+def latencies(
+    models: Mapping[str, nn.Module], dummy_input: Any, *, warmup: int = 10, repeats: int = 50
+) -> dict[str, Latency]:
+    """`latency` of several models, taken in turn, a few passes of each at a time.
+
+    Other work on the machine and the change of its clock rate then hit all models alike, so the
+    ratio of two medians is steadier than that of two `latency` calls.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(
+            f"latency: repeats must be at least 1 and warmup at least 0, "
+            f"got repeats={repeats}, warmup={warmup}"
+        )
+    for model in models.values():
+        _passes_ms(model, dummy_input, warmup)
+    samples: dict[str, list[float]] = {name: [] for name in models}
+    for done in range(0, repeats, _PASSES_IN_TURN):
+        for name, model in models.items():
+            # The first pass finds another model's weights in the cache: not counted.
+            count = 1 + min(_PASSES_IN_TURN, repeats - done)
+            samples[name] += _passes_ms(model, dummy_input, count)[1:]
+    return {name: _latency(samples[name], models[name], dummy_input) for name in models}
+
+
+def _passes_ms(model: nn.Module, dummy_input: Any, count: int) -> list[float]:
+    device = device_of(model, dummy_input)
+    with evaluating(model, dummy_input):
+        return [_time_ms(lambda: call(model, dummy_input), device) for _ in range(count)]
+
+
+def _time_ms(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end)
+    _synchronise(device)
+    begin = time.perf_counter()
+    run()
+    _synchronise(device)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait for the device's queue; the CPU has none."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _latency(samples_ms: list[float], model: nn.Module, dummy_input: Any) -> Latency:
+    p10, median, p90 = np.percentile(samples_ms, [10, 50, 90])
+    batched = [tensor for tensor in tensors_in(dummy_input) if tensor.ndim]
+    return Latency(
+        median_ms=float(median),
+        p10_ms=float(p10),
+        p90_ms=float(p90),
+        repeats=len(samples_ms),
+        batch=batched[0].shape[0] if batched else 1,
+        device=str(device_of(model, dummy_input)),
+        threads=torch.get_num_threads(),
+        samples_ms=tuple(samples_ms),
+    )

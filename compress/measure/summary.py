@@ -1,0 +1,158 @@
+"""How large a model is: parameters, multiply-adds, FLOPs, megabytes.
+
+Parameters, mult-adds and megabytes are the numbers that ``torchinfo`` prints (MB = 10**6 bytes).
+A mult-add is one multiplication with its addition; torchinfo counts them for modules that hold
+parameters (so BatchNorm counts, a bare ``F.conv2d`` or ``matmul`` does not). FLOPs are the numbers
+of ``torch.utils.flop_counter``: convolutions, matrix products and attention wherever they are
+called, 1 multiply-add = 2 FLOPs, and nothing else.
+
+A model that trains under masks has the same counts as the dense model: masks remove no parameter
+and save no arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torchinfo
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+from torchinfo.torchinfo import clear_cached_forward_pass
+
+from compress.measure._running import call, evaluating
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """The counts of one model for one input; ``mult_adds`` and ``flops`` are for the whole batch.
+
+    ``forward_backward_mb`` is torchinfo's estimate: two times the outputs of all layers that hold
+    parameters. ``parameters_mb`` leaves out buffers; see `model_size_mb` for what a file weighs.
+    """
+
+    parameters_total: int
+    parameters_trainable: int
+    mult_adds: int
+    flops: int
+    input_mb: float
+    forward_backward_mb: float
+    parameters_mb: float
+
+    @property
+    def total_mb(self) -> float:
+        """torchinfo's "Estimated Total Size": input, forward/backward pass and parameters."""
+        return self.input_mb + self.forward_backward_mb + self.parameters_mb
+
+
+def summarize(model: nn.Module, dummy_input: Any) -> ModelSummary:
+    """Count a model by running it once in eval mode on ``dummy_input``.
+
+    ``dummy_input`` is a tensor, a tuple of positional or a dict of keyword arguments, on the
+    model's device. Module modes, the RNG, hooks and gradients are left as they were.
+    Raises RuntimeError, from the model's own exception, when the model cannot run on this input.
+    """
+    runner = _Runner(model, dummy_input)
+    counter = FlopCounterMode(display=False)
+    try:
+        with without_masks(model), evaluating(model, dummy_input), counter:
+            counted = torchinfo.summary(runner, input_data=runner.tensors, verbose=0)
+    except RuntimeError as error:
+        shapes = [tuple(tensor.shape) for tensor in runner.tensors]
+        reason = error.__cause__ or error
+        raise RuntimeError(
+            f"summarize: {type(model).__name__} does not run on a dummy_input of shapes {shapes}: "
+            f"{type(reason).__name__}: {reason}"
+        ) from reason
+    finally:
+        clear_cached_forward_pass()  # torchinfo would keep the model alive for the whole process
+    return ModelSummary(
+        parameters_total=counted.total_params,
+        parameters_trainable=counted.trainable_params,
+        mult_adds=counted.total_mult_adds,
+        flops=counter.get_total_flops(),
+        input_mb=counted.total_input / 1e6,
+        forward_backward_mb=counted.total_output_bytes / 1e6,
+        parameters_mb=counted.total_param_bytes / 1e6,
+    )
+
+
+def model_size_mb(model: nn.Module) -> float:
+    """Megabytes (10**6 bytes) of the parameters and buffers, each shared tensor counted once."""
+    with without_masks(model):
+        tensors = [*model.parameters(), *model.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
+
+
+class _Runner(nn.Module):
+    """Gives torchinfo, which wants a list of tensors, a model that takes any arguments.
+
+    A container adds no count of its own.
+    """
+
+    def __init__(self, model: nn.Module, dummy_input: Any) -> None:
+        super().__init__()
+        self.model = model
+        leaves, self._structure = pytree.tree_flatten(dummy_input)
+        self._leaves = leaves
+        self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        self.tensors: list[torch.Tensor] = [leaves[i] for i in self._positions]
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        leaves = list(self._leaves)
+        for position, tensor in zip(self._positions, tensors, strict=True):
+            leaves[position] = tensor
+        return call(self.model, pytree.tree_unflatten(leaves, self._structure))
+
+
+@contextmanager
+def without_masks(model: nn.Module) -> Iterator[None]:
+    """Within, parametrisations that only mask are plain parameters of the original module class.
+
+    torchinfo reads names and classes, so a ``ParametrizedConv2d`` is miscounted (its weight is
+    called ``parametrizations.weight.original``, and its mult-adds are taken for an RNN's).
+    Nothing is copied; everything is put back.
+    """
+    saved = []
+    try:
+        for module in list(model.modules()):
+            if _only_masks(module):
+                saved.append((module, type(module), module._modules, module._parameters))
+                _make_plain(module)
+        yield
+    finally:
+        for module, masked_class, modules, parameters in saved:
+            module.__class__ = masked_class
+            vars(module).update(_modules=modules, _parameters=parameters)
+
+
+def _only_masks(module: nn.Module) -> bool:
+    """Whether every parametrisation of the module turns one parameter into a tensor of its shape.
+
+    A weight norm (two originals) or a low-rank adapter (own parameters) is part of the model and is
+    counted as torchinfo does.
+    """
+    if not parametrize.is_parametrized(module):
+        return False
+    # An "unsafe" parametrisation is one that may change the shape.
+    return all(
+        [name for name, _ in each.named_parameters()] == ["original"] and not each.unsafe
+        for each in _parametrizations(module).values()
+    )
+
+
+def _make_plain(module: nn.Module) -> None:
+    parametrizations = _parametrizations(module)
+    modules = {k: m for k, m in module._modules.items() if m is not parametrizations}
+    originals = {name: each.original for name, each in parametrizations.items()}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    vars(module).update(_modules=modules, _parameters=module._parameters | originals)
+
+
+def _parametrizations(module: nn.Module) -> nn.ModuleDict:
+    return cast(nn.ModuleDict, module.parametrizations)
