@@ -48,7 +48,8 @@ class Table:
         console = rich.console.Console(file=io.StringIO(), width=1000, color_system=None)
         with console.capture() as capture:
             console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
+        lines = [line.rstrip() for line in capture.get().splitlines()]
+        return "\n".join(line for line in lines if line)
 
     def markdown(self) -> str:
         """The table as GitHub Markdown, numbers to the right, the caption below."""
