@@ -1,0 +1,31 @@
+"""Every error that `compress` raises on purpose, in one small tree.
+
+Each message names the module path, what was found, what was expected, and what to do next, and is
+raised before the model is touched.
+"""
+
+from __future__ import annotations
+
+
+class CompressError(Exception):
+    """Base of all errors of this package: ``except CompressError`` catches every one."""
+
+
+class ConfigError(CompressError, ValueError):
+    """A config_list or a pruner argument cannot be carried out; lists every problem found."""
+
+
+class MaskError(CompressError, ValueError):
+    """A mask cannot be made, read, saved, or put on this model."""
+
+
+class TraceError(CompressError, RuntimeError):
+    """The model could not be run and recorded on the dummy input."""
+
+
+class SpeedupError(CompressError, RuntimeError):
+    """The model cannot be shrunk with these masks; it has been left as it was."""
+
+
+class VerificationError(SpeedupError):
+    """The shrunk model did not compute what the masked one does; the change was undone."""
