@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from compress.masks import Masks
 from compress.measure import (
     Latency,
     Table,
@@ -20,19 +21,6 @@ from compress.measure import (
 )
 
 
-class HalfMask(nn.Module):
-    """Masks as a pruner does: every other output of the weight is zero."""
-
-    def __init__(self, weight):
-        super().__init__()
-        mask = torch.ones_like(weight)
-        mask[::2] = 0
-        self.register_buffer("mask", mask)
-
-    def forward(self, weight):
-        return weight * self.mask
-
-
 def small_net():
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)
@@ -40,9 +28,14 @@ def small_net():
 
 
 def masked(model):
-    for module in list(model.modules()):
+    """The model, computing under masks: every other output of a layer is zero."""
+    masks = {}
+    for path, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            parametrize.register_parametrization(module, "weight", HalfMask(module.weight))
+            keep = torch.ones_like(module.weight, dtype=torch.bool)
+            keep[::2] = False
+            masks[path] = {"weight": keep}
+    Masks(masks).apply(model)
     return model
 
 
@@ -50,7 +43,7 @@ def state_of(model):
     """All that a measurement could disturb, comparable with ==."""
     return {
         "modes": [module.training for module in model.modules()],
-        "classes": [type(module) for module in model.modules()],
+        "classes": [parametrize.type_before_parametrizations(m) for m in model.modules()],
         "modules": [list(module._modules) for module in model.modules()],
         "parameters": [list(module._parameters) for module in model.modules()],
         "identities": [id(p) for p in model.parameters()],

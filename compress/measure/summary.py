@@ -12,19 +12,17 @@ and save no arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torchinfo
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 from torchinfo.torchinfo import clear_cached_forward_pass
 
+from compress.masks import suspend_masks
 from compress.measure._running import call, evaluating
 
 
@@ -60,7 +58,8 @@ def summarize(model: nn.Module, dummy_input: Any) -> ModelSummary:
     runner = _Runner(model, dummy_input)
     counter = FlopCounterMode(display=False)
     try:
-        with without_masks(model), evaluating(model, dummy_input), counter:
+        # torchinfo reads names and classes: it would take a parametrised weight for an RNN's.
+        with suspend_masks(model), evaluating(model, dummy_input), counter:
             counted = torchinfo.summary(runner, input_data=runner.tensors, verbose=0)
     except RuntimeError as error:
         shapes = [tuple(tensor.shape) for tensor in runner.tensors]
@@ -84,7 +83,7 @@ def summarize(model: nn.Module, dummy_input: Any) -> ModelSummary:
 
 def model_size_mb(model: nn.Module) -> float:
     """Megabytes (10**6 bytes) of the parameters and buffers, each shared tensor counted once."""
-    with without_masks(model):
+    with suspend_masks(model):
         tensors = [*model.parameters(), *model.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
@@ -108,51 +107,3 @@ class _Runner(nn.Module):
         for position, tensor in zip(self._positions, tensors, strict=True):
             leaves[position] = tensor
         return call(self.model, pytree.tree_unflatten(leaves, self._structure))
-
-
-@contextmanager
-def without_masks(model: nn.Module) -> Iterator[None]:
-    """Within, parametrisations that only mask are plain parameters of the original module class.
-
-    torchinfo reads names and classes, so a ``ParametrizedConv2d`` is miscounted (its weight is
-    called ``parametrizations.weight.original``, and its mult-adds are taken for an RNN's).
-    Nothing is copied; everything is put back.
-    """
-    saved = []
-    try:
-        for module in list(model.modules()):
-            if _only_masks(module):
-                saved.append((module, type(module), module._modules, module._parameters))
-                _make_plain(module)
-        yield
-    finally:
-        for module, masked_class, modules, parameters in saved:
-            module.__class__ = masked_class
-            vars(module).update(_modules=modules, _parameters=parameters)
-
-
-def _only_masks(module: nn.Module) -> bool:
-    """Whether every parametrisation of the module turns one parameter into a tensor of its shape.
-
-    A weight norm (two originals) or a low-rank adapter (own parameters) is part of the model and is
-    counted as torchinfo does.
-    """
-    if not parametrize.is_parametrized(module):
-        return False
-    # An "unsafe" parametrisation is one that may change the shape.
-    return all(
-        [name for name, _ in each.named_parameters()] == ["original"] and not each.unsafe
-        for each in _parametrizations(module).values()
-    )
-
-
-def _make_plain(module: nn.Module) -> None:
-    parametrizations = _parametrizations(module)
-    modules = {k: m for k, m in module._modules.items() if m is not parametrizations}
-    originals = {name: each.original for name, each in parametrizations.items()}
-    module.__class__ = parametrize.type_before_parametrizations(module)
-    vars(module).update(_modules=modules, _parameters=module._parameters | originals)
-
-
-def _parametrizations(module: nn.Module) -> nn.ModuleDict:
-    return cast(nn.ModuleDict, module.parametrizations)

@@ -1,0 +1,130 @@
+"""The whole road on real images: train, mask, shrink, fine-tune, and compare.
+
+    python examples/digits_resnet18.py
+    python examples/digits_resnet18.py --data cifar10 --data-dir ~/data --epochs 30 --device cuda
+
+The last row of the table is the question to ask of every pruned model: would the small network,
+trained from scratch for as many epochs in total, have done as well?
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+
+import torch
+import torchvision
+from _data import Images, cifar10, digits, image_folder
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from compress import L1FilterPruner, ModelSpeedup
+from compress.measure import compare, table
+
+
+def main() -> None:
+    args = arguments()
+    torch.manual_seed(args.seed)
+    data = images(args)
+    train = DataLoader(data.train, batch_size=64, shuffle=True, drop_last=True)
+    test = DataLoader(data.test, batch_size=256)
+    example = data.test[0][0].unsqueeze(0).to(args.device)
+    fine_tuning = (args.epochs + 1) // 2
+
+    model = resnet18(example.shape[1], data.classes).to(args.device)
+    fit("dense", model, train, test, args.epochs, lr=0.05)
+    models = {"dense": copy.deepcopy(model)}
+
+    config_list = [
+        {"sparsity_per_layer": args.sparsity, "op_types": ["Conv2d"]},
+    ]
+    pruner = L1FilterPruner(model, config_list, mode="dependency_aware", dummy_input=example)
+    model, masks = pruner.compress()
+    models["masked"] = copy.deepcopy(model)
+
+    small = ModelSpeedup(model, example, masks).speedup_model()
+    models["small"] = copy.deepcopy(small)
+
+    models["fine-tuned"] = fit("fine-tuned", small, train, test, fine_tuning, lr=0.02)
+
+    scratch = reinitialised(small)
+    models["from scratch"] = fit(
+        "from scratch", scratch, train, test, args.epochs + fine_tuning, lr=0.05
+    )
+
+    accuracies = {name: f"{accuracy(each, test):.2%}" for name, each in models.items()}
+    print(table(compare(models, example), {"accuracy": accuracies}))
+
+
+def resnet18(channels: int, classes: int) -> nn.Module:
+    """ResNet-18 for small images: the first convolution neither strides nor pools."""
+    model = torchvision.models.resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def fit(
+    name: str, model: nn.Module, train: DataLoader, test: DataLoader, epochs: int, lr: float
+) -> nn.Module:
+    """SGD with one learning-rate cycle; a line per epoch."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(train))
+    start = time.monotonic()
+    for epoch in range(1, epochs + 1):
+        model.train()
+        for inputs, labels in train:
+            loss = F.cross_entropy(model(inputs.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            cycle.step()
+        print(
+            f"{name:12}  epoch {epoch}/{epochs}  loss {loss.item():.3f}  "
+            f"test accuracy {accuracy(model, test):.2%}  {time.monotonic() - start:5.1f} s",
+            flush=True,
+        )
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, test: DataLoader) -> float:
+    device = next(model.parameters()).device
+    model.eval()
+    right = [model(x.to(device)).argmax(1).cpu() == labels for x, labels in test]
+    return torch.cat(right).float().mean().item()
+
+
+def reinitialised(model: nn.Module) -> nn.Module:
+    """A copy of the same widths with new weights."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
+def images(args: argparse.Namespace) -> Images:
+    if args.data == "digits":
+        return digits()
+    return cifar10(args.data_dir) if args.data == "cifar10" else image_folder(args.data_dir)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", choices=["digits", "cifar10", "folder"], default="digits")
+    parser.add_argument("--data-dir", default="data", help="where cifar10 or folder data lies")
+    parser.add_argument("--epochs", type=int, default=8, help="for dense; half of it to fine-tune")
+    parser.add_argument("--sparsity", type=float, default=0.6, help="of filters in each layer")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
