@@ -129,24 +129,22 @@ def _cifar10_batch(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.from_numpy(np.asarray(batch["data"], dtype=np.uint8).copy())
         labels = torch.tensor(batch["labels"], dtype=torch.int64)
         return images.reshape(len(labels), 3, 32, 32), labels
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"CIFAR-10: {path} is not a batch of the Python version (a pickled dict with 'data' "
             f"(N, 3072) and 'labels'): {type(error).__name__}: {error}"
         ) from error
 
 
-# The first six are what reading a damaged pickle raises, the others what an unexpected content does.
 _UNREADABLE = (
-    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, ValueError),
-    *(TypeError, RuntimeError),
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 
 
