@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -372,6 +372,30 @@ def remove_masks(model: nn.Module) -> Masks:
     return masks
 
 
+def masked_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """``state_dict()`` as the plain model has it: plain names in order, masked entries 0.
+
+    ``model`` keeps its masks. Only masked parameters are copied, once each where they are tied.
+
+    Raises:
+        MaskError: as `suspend_masks`.
+    """
+    with suspend_masks(model) as suspended:
+        masks = {
+            id(raw_parameter(one.module, one.name)): one.parametrization.mask
+            for one in suspended._applied
+        }
+        state: dict[str, Tensor] = model.state_dict()
+        zeroed: dict[int, Tensor] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            key = id(parameter)
+            if key in masks and name in state:
+                if key not in zeroed:
+                    zeroed[key] = parameter.detach().masked_fill(~masks[key], 0)
+                state[name] = zeroed[key]
+    return state
+
+
 def raw_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """The stored `Parameter` behind ``module.name``, under our mask if there is one.
 
@@ -390,15 +414,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         OSError: the folder is missing or cannot be written, or ``path`` is a folder.
     """
     target = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target}: the folder {target.parent} does not exist")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         write(temporary)
-        # mkstemp makes the file private; the result should have the permissions of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,498 @@
+"""config_list → `Targets`: the only reader of the dicts that users write.
+
+A config_list is a list of dicts. Each has one sparsity (or ``exclude: True``) and at least one
+selector:
+
+| key | meaning |
+|---|---|
+| ``sparsity``, ``sparsity_per_layer`` | fraction to mask in every selected layer, in [0, 1); the same |
+| ``total_sparsity`` | fraction of the weights of all the selected layers together, in [0, 1) |
+| ``max_sparsity_per_layer`` | with ``total_sparsity``: the most that one layer may lose, a number in [0, 1] or ``{layer name: number}`` |
+| ``exclude`` | True: the selected layers are not pruned; False says nothing |
+| ``op_types`` | class names; a subclass matches too; ``"default"`` is every type that the pruner supports |
+| ``op_names`` | module paths, whole |
+| ``op_partial_names`` | parts of module paths |
+| ``op_names_re`` | regular expressions, found anywhere in the path (``re.search``); one may be given as a plain string |
+
+Within one selector a layer has to match any of the values; several selectors must all match, as in
+NNI. A layer takes the **last** entry that matches it, and is not pruned if that one excludes it. The
+list is read, never changed.
+
+A sparsity below 1 cannot empty a layer, since ``floor(sparsity · units)`` units go. A
+``total_sparsity`` that the limits of the layers do not allow is refused by `compress.allocate`.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from compress.errors import ConfigError
+from compress.masks import closest, raw_parameter
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to prune.
+
+    Attributes:
+        name: module path, the first where a module has several.
+        sparsity: fraction of its units; None where ``group`` decides.
+        group: index into `Targets.groups`, or None.
+        max_sparsity: the most that it may lose under ``total_sparsity``.
+        tied: other selected layers with the same weight, which take the same mask.
+    """
+
+    name: str
+    sparsity: float | None
+    group: int | None = None
+    max_sparsity: float = 1.0
+    tied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TotalGroup:
+    """Layers that share a ``total_sparsity``.
+
+    Attributes:
+        entry: index of the entry in the config_list.
+        sparsity: fraction of the weights of all layers together.
+        layers: names of its targets, in model order.
+    """
+
+    entry: int
+    sparsity: float
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a config_list asks for: the layers in model order, and the groups under one sparsity."""
+
+    layers: tuple[Target, ...]
+    groups: tuple[TotalGroup, ...] = ()
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def resolve(
+    model: nn.Module,
+    config_list: Sequence[Mapping[str, Any]],
+    supported_types: tuple[type[nn.Module], ...],
+    *,
+    pruner: str = "this pruner",
+    granularity: str = "weights",
+) -> Targets:
+    """The layers of ``model`` that ``config_list`` selects, with their sparsities.
+
+    Args:
+        model: read only.
+        config_list: see the module.
+        supported_types: what the pruner can prune, subclasses included; ``"default"``.
+        pruner: its name, for messages.
+        granularity: what it masks, for messages: "whole filters".
+
+    Raises:
+        ConfigError: lists every problem, with the entry's index, what it got and what it expected.
+    """
+    if not isinstance(config_list, (list, tuple)) or not config_list:
+        raise ConfigError(
+            f"config_list: got {_short(config_list)}; expected a list of dicts with at least one, "
+            'such as [{"sparsity": 0.5, "op_types": ["default"]}]'
+        )
+    book = _Book(
+        model, supported_types, f"{pruner} masks {granularity} of {_types(supported_types)}"
+    )
+    problems: list[str] = []
+    chosen: dict[str, tuple[int, _Entry]] = {}
+    for index, raw in enumerate(config_list):
+        where = f"config_list[{index}]"
+        entry = _parse(where, raw, problems)
+        if entry is not None:
+            chosen |= dict.fromkeys(book.select(where, entry, problems), (index, entry))
+    targets = Targets(())
+    if not problems:
+        targets = _targets(book, chosen, problems)
+    if problems:
+        raise ConfigError("\n  ".join(["this config_list cannot be carried out:", *problems]))
+    return targets
+
+
+# ---------------------------------------------------------------------------------------------
+# One entry by itself
+
+
+def _as_list(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _as_patterns(value: object) -> object:
+    return [value] if isinstance(value, str) else _as_list(value)
+
+
+def _as_float(value: object) -> object:
+    # numpy's numbers are welcome; a bool is a mistake, though Python calls it a number.
+    if isinstance(value, bool):
+        return value
+    return float(value) if isinstance(value, Real) else value
+
+
+_Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_as_float)]
+_Limit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_as_float)]
+_Name = Annotated[str, Field(min_length=1)]
+
+
+class _Entry(BaseModel):
+    """One dict of a config_list, of the right types; None = not given."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    sparsity: _Fraction | None = None
+    sparsity_per_layer: _Fraction | None = None
+    total_sparsity: _Fraction | None = None
+    max_sparsity_per_layer: _Limit | dict[str, _Limit] | None = None
+    op_types: Annotated[list[_Name] | None, Field(min_length=1), BeforeValidator(_as_list)] = None
+    # "" is a name: that of the model itself.
+    op_names: Annotated[list[str] | None, Field(min_length=1), BeforeValidator(_as_list)] = None
+    op_partial_names: Annotated[
+        list[_Name] | None, Field(min_length=1), BeforeValidator(_as_list)
+    ] = None
+    op_names_re: Annotated[
+        list[_Name] | None, Field(min_length=1), BeforeValidator(_as_patterns)
+    ] = None
+    exclude: bool = False
+
+    def sparsities(self) -> dict[str, float]:
+        """The sparsities given, by key."""
+        given = {key: getattr(self, key) for key in _SPARSITIES}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def limit(self, name: str) -> float:
+        """``max_sparsity_per_layer`` of one layer."""
+        limits = self.max_sparsity_per_layer
+        if isinstance(limits, dict):
+            return limits.get(name, 1.0)
+        return 1.0 if limits is None else limits
+
+
+_SPARSITIES = ("sparsity", "sparsity_per_layer", "total_sparsity")
+_SELECTORS = ("op_types", "op_names", "op_partial_names", "op_names_re")
+_EXPECTED = {
+    **dict.fromkeys(_SPARSITIES, "a number in [0, 1)"),
+    "max_sparsity_per_layer": "a number in [0, 1], or a dict {layer name: number in [0, 1]}",
+    "op_types": 'a list of class names, such as ["Conv2d"] or ["default"]',
+    "op_names": 'a list of module paths, such as ["layer1.0.conv1"]',
+    "op_partial_names": 'a list of parts of module paths, such as ["layer1."]',
+    "op_names_re": r'a list of regular expressions, such as ["^layer\\d"]',
+    "exclude": "True or False",
+}
+
+
+def _parse(where: str, raw: object, problems: list[str]) -> _Entry | None:
+    """The entry, or None with what is wrong added to ``problems``."""
+    if not isinstance(raw, Mapping):
+        problems.append(f"{where}: got {_short(raw)}; expected a dict")
+        return None
+    unknown = [key for key in raw if key not in _EXPECTED]
+    for key in unknown:
+        hint = closest(key, _EXPECTED) if isinstance(key, str) else ""
+        problems.append(
+            f"{where}: unknown key {key!r}{hint or '; expected one of ' + ', '.join(_EXPECTED)}"
+        )
+    known = {key: value for key, value in raw.items() if key in _EXPECTED}
+    try:
+        entry = _Entry.model_validate(known)
+    except ValidationError as error:
+        # A union reports each of its members; the user wants each key once.
+        wrong = dict.fromkeys(str(one["loc"][0]) for one in error.errors())
+        problems.extend(
+            f"{where}[{key!r}]: got {_short(raw[key])}; expected {_EXPECTED[key]}" for key in wrong
+        )
+        return None
+    if not unknown:  # a misspelt key would be reported again as a missing one
+        problems.extend(_contradictions(where, entry))
+    return entry if any(getattr(entry, key) is not None for key in _SELECTORS) else None
+
+
+def _contradictions(where: str, entry: _Entry) -> list[str]:
+    """What the keys of an entry say against each other."""
+    problems = []
+    given = entry.sparsities()
+    if entry.exclude and given:
+        problems.append(
+            f"{where}: exclude is True, but {', '.join(given)} is given; an excluded layer has no "
+            "sparsity: remove one of the two"
+        )
+    if not entry.exclude and len(given) != 1:
+        problems.append(
+            f"{where}: got {' and '.join(given) or 'no sparsity'}; expected exactly one of "
+            f"{', '.join(_SPARSITIES)}, or exclude: True"
+        )
+    if entry.max_sparsity_per_layer is not None and "total_sparsity" not in given:
+        problems.append(
+            f"{where}['max_sparsity_per_layer']: it limits layers under a total_sparsity, and this "
+            "entry has none"
+        )
+    if all(getattr(entry, key) is None for key in _SELECTORS):
+        problems.append(
+            f"{where}: it selects no layer; add a selector ({', '.join(_SELECTORS)}), such as "
+            '"op_types": ["default"] for every layer that the pruner supports'
+        )
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------
+# An entry against a model
+
+
+class _Book:
+    """The modules of a model by path and by type, as config_lists name them."""
+
+    def __init__(
+        self, model: nn.Module, supported: tuple[type[nn.Module], ...], ability: str
+    ) -> None:
+        self.supported = supported
+        self.ability = ability
+        self.modules: dict[str, nn.Module] = {}
+        self.paths: dict[str, tuple[str, ...]] = {}
+        first: dict[int, str] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if "parametrizations" in path.split("."):
+                continue  # the inside of a parametrised parameter, ours or torch's, is no layer
+            name = first.setdefault(id(module), path)
+            self.modules[name] = module
+            self.paths[name] = (*self.paths.get(name, ()), path)
+        self.names = {path: name for name, paths in self.paths.items() for path in paths}
+        self.types = {
+            name: {cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
+            for name, module in self.modules.items()
+        }
+
+    def prunable(self, name: str) -> bool:
+        return isinstance(self.modules[name], self.supported)
+
+    def kind(self, name: str) -> str:
+        """The class name that the user knows the module by."""
+        return parametrize.type_before_parametrizations(self.modules[name]).__name__
+
+    def select(self, where: str, entry: _Entry, problems: list[str]) -> list[str]:
+        """The layers that one entry is about, in model order."""
+        matches: dict[str, set[str]] = {}
+        before = len(problems)
+        for key in _SELECTORS:
+            values = getattr(entry, key)
+            if values is None:
+                continue
+            matches[key] = set()
+            for value in values:
+                found, problem = self._match(key, value)
+                if not problem and not entry.exclude and key in ("op_types", "op_names"):
+                    problem = self._refusal(found, by_name=key == "op_names")
+                if problem:
+                    problems.append(f"{where}[{key!r}]: got {value!r}; {problem}")
+                matches[key] |= found
+        if len(problems) > before:
+            return []
+        both = set.intersection(*matches.values())
+        selected = [name for name in self.modules if name in both]
+        layers = [name for name in selected if self.prunable(name)]
+        problem = self._emptiness(entry, matches, selected, layers)
+        if problem:
+            problems.append(f"{where}: {problem}")
+            return []
+        problems.extend(self._wrong_limits(where, entry, layers))
+        return layers
+
+    def _match(self, key: str, value: str) -> tuple[set[str], str]:
+        """The modules that one value of a selector matches, and what is wrong with it."""
+        if key == "op_types":
+            if value == DEFAULT:
+                found = {name for name in self.modules if self.prunable(name)}
+                nothing = f"the model has no layer for it: {self.ability}"
+            else:
+                found = {name for name, types in self.types.items() if value in types}
+                kinds = {kind for types in self.types.values() for kind in types}
+                nothing = f"the model has no module of this type{closest(value, kinds)}"
+        elif key == "op_names":
+            found = {self.names[value]} if value in self.names else set()
+            nothing = f"the model has no module of this name{closest(value, self.names)}"
+        else:
+            try:
+                pattern = re.compile(value if key == "op_names_re" else re.escape(value))
+            except re.error as error:
+                return set(), f"it is no regular expression: {error}"
+            found = {self.names[path] for path in self.names if pattern.search(path)}
+            nothing = f"no module name of the model matches{closest(value, self.names)}"
+        return found, "" if found else nothing
+
+    def _refusal(self, found: set[str], by_name: bool) -> str:
+        """Why the pruner cannot prune what was asked for by name or type; empty if it can."""
+        if any(self.prunable(name) for name in found):
+            return ""
+        named = [self.described(name) for name in self.modules if name in found]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        hint = ""
+        if by_name and any(True for name in found for _ in self.modules[name].children()):
+            prefix = f"{next(iter(found))}."
+            hint = f'; for the layers inside, use "op_partial_names": ["{prefix}"]'
+        return f"{self.ability}; {', '.join(named[:3])}{more} has none{hint}"
+
+    def _emptiness(
+        self,
+        entry: _Entry,
+        matches: Mapping[str, set[str]],
+        selected: list[str],
+        layers: list[str],
+    ) -> str:
+        """Why an entry selects nothing; empty if it selects something."""
+        counts = " and ".join(f"{key} ({len(found)} modules)" for key, found in matches.items())
+        if not selected:
+            return f"it selects no layer: no module matches all of {counts}"
+        if entry.exclude:
+            # To exclude a layer that is never pruned is fine; to exclude a container is a mistake.
+            if all(self._is_container(name) for name in selected):
+                return (
+                    f"it excludes no layer, only {self.described(selected[0])}, which holds "
+                    f'others; for the layers inside, use "op_partial_names": ["{selected[0]}."]'
+                )
+            return ""
+        if not layers:
+            named = ", ".join(self.described(name) for name in selected[:3])
+            return f"it selects no layer that can be pruned ({named}): {self.ability}"
+        return ""
+
+    def _is_container(self, name: str) -> bool:
+        module = self.modules[name]
+        has_parts = any(not isinstance(part, nn.ModuleDict) for part in module.children())
+        return has_parts and not self.prunable(name) and not any(module.parameters(recurse=False))
+
+    def _wrong_limits(self, where: str, entry: _Entry, layers: list[str]) -> list[str]:
+        limits = entry.max_sparsity_per_layer
+        if not isinstance(limits, dict):
+            return []
+        return [
+            f"{where}['max_sparsity_per_layer']: got {name!r}, which is no layer of this entry"
+            f"{closest(name, layers)}"
+            for name in limits
+            if self.names.get(name) not in layers
+        ]
+
+    def described(self, name: str) -> str:
+        """``Conv2d 'layer1.conv1'``, for messages."""
+        return f"{self.kind(name)} {name!r}"
+
+    def weight_problem(self, name: str) -> str:
+        """Why the weight of a supported layer cannot be pruned now; empty if it can."""
+        module = self.modules[name]
+        weight = raw_parameter(module, "weight")
+        if weight is None:
+            return (
+                "its weight is computed from other parameters (weight_norm or another "
+                "parametrization); remove that first (torch.nn.utils.parametrize."
+                "remove_parametrizations), or exclude the layer"
+            )
+        if isinstance(weight, UninitializedParameter):
+            return "its weight has no shape yet; run the model once on a batch first"
+        if weight.is_meta:
+            return "its weight is on the meta device and has no values; load the weights first"
+        if not weight.is_floating_point():
+            return f"its weight is {weight.dtype}; expected a floating-point one, or exclude it"
+        if weight.numel() == 0:
+            return f"its weight is empty, of shape {tuple(weight.shape)}; exclude it"
+        return ""
+
+
+# ---------------------------------------------------------------------------------------------
+# All entries together
+
+
+def _targets(book: _Book, chosen: Mapping[str, tuple[int, _Entry]], problems: list[str]) -> Targets:
+    """Targets of the entries that won, or problems."""
+    pruned = {name: chosen[name] for name in book.modules if name in chosen}
+    excluded = [name for name, (_, entry) in pruned.items() if entry.exclude]
+    pruned = {name: pair for name, pair in pruned.items() if not pair[1].exclude}
+    if not pruned:
+        problems.append("it selects no layer: every one that it selects is excluded again")
+    for name in pruned:
+        problem = book.weight_problem(name)
+        if problem:
+            problems.append(f"{book.described(name)}: {problem}")
+    if problems:
+        return Targets(())
+    entries = dict.fromkeys(
+        index for index, entry in pruned.values() if entry.total_sparsity is not None
+    )
+    groups = {entry: number for number, entry in enumerate(sorted(entries))}
+    layers: dict[int, Target] = {}
+    for name, (index, entry) in pruned.items():
+        key = id(raw_parameter(book.modules[name], "weight"))
+        target = _target(name, book, index, entry, groups)
+        if key not in layers:
+            layers[key] = target
+        elif replace(target, name=layers[key].name) == replace(layers[key], tied=()):
+            layers[key] = replace(layers[key], tied=(*layers[key].tied, name))
+        else:
+            problems.append(
+                f"{book.described(name)} has the same weight as {layers[key].name!r}, but another "
+                "sparsity; select them in one entry"
+            )
+    for name in excluded:
+        key = id(raw_parameter(book.modules[name], "weight"))
+        if key in layers:
+            problems.append(
+                f"{book.described(name)} is excluded, but has the same weight as "
+                f"{layers[key].name!r}, which is not; exclude both or none"
+            )
+    return _grouped(tuple(layers.values()), groups, pruned)
+
+
+def _target(name: str, book: _Book, index: int, entry: _Entry, groups: Mapping[int, int]) -> Target:
+    if entry.total_sparsity is None:
+        (sparsity,) = entry.sparsities().values()
+        return Target(name, sparsity)
+    # Limits may name the module by any of its paths.
+    limit = min(entry.limit(path) for path in book.paths[name])
+    return Target(name, None, groups[index], limit)
+
+
+def _grouped(
+    layers: tuple[Target, ...],
+    groups: Mapping[int, int],
+    pruned: Mapping[str, tuple[int, _Entry]],
+) -> Targets:
+    entries = dict(pruned.values())
+    return Targets(
+        layers,
+        tuple(
+            TotalGroup(
+                index,
+                entries[index].total_sparsity or 0.0,
+                tuple(target.name for target in layers if target.group == number),
+            )
+            for index, number in groups.items()
+        ),
+    )
+
+
+def _types(supported: tuple[type[nn.Module], ...]) -> str:
+    return ", ".join(cls.__name__ for cls in supported)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return text if isinstance(value, (bool, int, float, str)) else f"{type(value).__name__} {text}"

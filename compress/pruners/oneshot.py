@@ -1,0 +1,127 @@
+"""The one-shot pruners: a criterion with its NNI name."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress import criteria
+from compress.allocate import expand_filters
+from compress.masks import Masks, raw_parameter
+from compress.pruners.base import Layer, Pruner
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WITH_FILTERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
+
+
+class LevelPruner(Pruner):
+    """Masks single weights, the smallest by magnitude: Han et al. 2015. Biases are left alone.
+
+    Supports convolutions, transposed convolutions, Linear, Bilinear and embeddings. It has no
+    ``round_to``, ``min_channels`` or dependency-aware mode, as it masks no channels.
+    """
+
+    supported_types: ClassVar[tuple[type[nn.Module], ...]] = (
+        *_WITH_FILTERS,
+        nn.Bilinear,
+        nn.Embedding,
+        nn.EmbeddingBag,
+    )
+    granularity: ClassVar[str] = "single weights"
+    modes: ClassVar[tuple[str, ...]] = ("normal", "global")
+
+    def __init__(
+        self, model: nn.Module, config_list: Sequence[Mapping[str, Any]], *, mode: str = "normal"
+    ) -> None:
+        super().__init__(model, config_list, mode=mode)
+
+    def score(self, layer: Layer) -> Tensor:
+        return criteria.magnitude(layer.weight)
+
+    def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
+        return {"weight": keep.reshape(layer.weight.shape)}
+
+
+class FilterPruner(Pruner):
+    """Masks whole filters: the weights that make an output channel, and its bias.
+
+    Supports convolutions and transposed convolutions, grouped ones too, and Linear. A subclass is a
+    criterion.
+    """
+
+    supported_types: ClassVar[tuple[type[nn.Module], ...]] = _WITH_FILTERS
+    granularity: ClassVar[str] = "whole filters"
+
+    @abstractmethod
+    def criterion(self, weight: Tensor, axis: int, groups: int) -> Tensor:
+        """``(output channels,)``, the score of each filter: see `compress.criteria`."""
+
+    def score(self, layer: Layer) -> Tensor:
+        return self.criterion(layer.weight, *filter_axis(layer.module))
+
+    def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
+        masks = {"weight": expand_filters(keep, layer.weight, *filter_axis(layer.module))}
+        if raw_parameter(layer.module, "bias") is not None:
+            masks["bias"] = keep
+        return masks
+
+
+class L1FilterPruner(FilterPruner):
+    """Masks the filters with the smallest Σ|w|: Li et al. 2017."""
+
+    def criterion(self, weight: Tensor, axis: int, groups: int) -> Tensor:
+        return criteria.l1(weight, axis, groups)
+
+
+class L2FilterPruner(FilterPruner):
+    """Masks the filters with the smallest √Σw²."""
+
+    def criterion(self, weight: Tensor, axis: int, groups: int) -> Tensor:
+        return criteria.l2(weight, axis, groups)
+
+
+class FPGMPruner(FilterPruner):
+    """Masks the filters nearest to all others, Σⱼ‖wᵢ − wⱼ‖₂: He et al. 2019."""
+
+    def criterion(self, weight: Tensor, axis: int, groups: int) -> Tensor:
+        return criteria.fpgm(weight, axis, groups)
+
+
+class RandomFilterPruner(FilterPruner):
+    """Masks random filters: the baseline of every comparison.
+
+    Args:
+        seed: of the pruner's own generator; the same seed gives the same masks every time, and the
+            global random state is not touched.
+        **options: as `Pruner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, config_list, **options)
+        self.seed = seed
+        self._generator = torch.Generator()
+
+    def calc_masks(self) -> Masks:
+        self._generator.manual_seed(self.seed)
+        return super().calc_masks()
+
+    def criterion(self, weight: Tensor, axis: int, groups: int) -> Tensor:
+        return criteria.random(weight, axis, groups, generator=self._generator)
+
+
+def filter_axis(module: nn.Module) -> tuple[int, int]:
+    """``(axis, groups)`` of the output channels in a module's weight: see `compress.criteria`."""
+    if isinstance(module, _TRANSPOSED):
+        return 1, module.groups
+    return 0, 1
