@@ -1,0 +1,22 @@
+"""Every Python block of the README runs, in order, as one session."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language):
+    """``(first line number, code)`` of each fenced block of a language."""
+    text = README.read_text(encoding="utf-8")
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S):
+        yield text.count("\n", 0, match.start(1)), match[1]
+
+
+def test_the_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some save files
+    session = {}
+    for line, code in blocks("python"):
+        # Blank lines before it, so that a traceback has the README's line numbers.
+        exec(compile("\n" * line + code, str(README), "exec"), session)
+    assert session["small"](session["torch"].rand(1, 3, 32, 32)).shape == (1, 10)
