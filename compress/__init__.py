@@ -1,0 +1,23 @@
+"""Prune trained PyTorch networks: masks first, then a smaller network that computes the same."""
+
+from compress.masks import Masks
+from compress.pruners import (
+    FPGMPruner,
+    L1FilterPruner,
+    L2FilterPruner,
+    LevelPruner,
+    RandomFilterPruner,
+)
+from compress.speedup import ModelSpeedup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FPGMPruner",
+    "L1FilterPruner",
+    "L2FilterPruner",
+    "LevelPruner",
+    "Masks",
+    "ModelSpeedup",
+    "RandomFilterPruner",
+]

@@ -1,0 +1,443 @@
+"""Record one run of a model as a ``torch.fx`` graph.
+
+The model runs once under a ``TorchFunctionMode``; every torch function that returns a tensor becomes
+a node. There are no leaf modules: parameters and buffers are ``get_attr`` nodes, so a module, a bare
+functional call and a tied weight look the same. The run happens on the meta device where it can (no
+arithmetic, no memory) and on the real tensors where the model has to look at its data.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from compress.errors import TraceError
+
+Shape = tuple[int, ...]
+
+# Reads of a tensor that never see its values: no data flows through them.
+METADATA = frozenset(
+    "dim ndim dtype device layout requires_grad is_cuda is_cpu is_meta is_mps is_xpu is_nested "
+    "is_quantized is_sparse is_complex is_floating_point is_contiguous is_leaf is_inference "
+    "is_signed is_pinned is_conj is_neg stride storage_offset element_size itemsize data_ptr type "
+    "get_device names grad grad_fn _version _base _backward_hooks output_nr __hash__ __repr__ "
+    "untyped_storage storage is_same_size retains_grad is_shared is_mkldnn is_vulkan __format__ "
+    "is_tensor _is_view is_storage result_type can_cast _has_compatible_shallow_copy_type "
+    "is_mtia is_maia is_ipu is_xla is_sparse_csr _assert get_default_dtype".split()
+)
+# Reads of a size: what the forward does next may depend on them.
+SIZES = frozenset("shape size numel nelement __len__ nbytes".split())
+# Switches that take no tensor and return none.
+_SILENT = frozenset("_set_grad_enabled set_grad_enabled".split())
+
+_SKIPPED = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep)
+
+
+def stale_alias(tensor: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """Stand for a tensor whose memory was written through another name (always opaque)."""
+    raise NotImplementedError("only ever a node of a trace")
+
+
+def read_value(tensor: torch.Tensor) -> None:
+    """Stand for Python code that looked at a tensor's values (always opaque)."""
+    raise NotImplementedError("only ever a node of a trace")
+
+
+_NAMES: dict[Any, str] = {}
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """The plain name of a torch function: ``add_`` and ``Tensor.add`` are both ``add``."""
+    name = getattr(func, "__name__", None) or str(func)
+    if name == "__get__" or name == "__set__":
+        return func.__self__.__name__  # type: ignore[attr-defined,no-any-return]
+    known = _NAMES.get(func)
+    if known is None:
+        known = _NAMES[func] = _plain_name(func, name)
+    return known
+
+
+def _plain_name(func: Callable[..., Any], name: str) -> str:
+    if name == "fn":  # torch's boolean_dispatch: max_pool2d, with indices or without
+        inner = [c.cell_contents for c in func.__closure__ or () if callable(c.cell_contents)]
+        name = min((f.__name__.lstrip("_") for f in inner), key=len, default=name)
+    if name in METADATA or name in SIZES:
+        return name
+    return name.strip("_")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One recorded run (or two: in eval mode, and in train mode for modules used only there).
+
+    ``graph`` is the fx graph. A node's ``meta`` holds ``shape`` (a tuple; a tuple of shapes for a
+    call that returns several tensors), ``dtype``, ``name`` (the plain function name), ``module``
+    (the path it ran in) and ``source`` (``(file, line)``); a leaf's holds its ``tensor``.
+    ``leaves`` maps parameter and buffer paths to their nodes, where the run used them.
+    ``size_reads`` lists the tensors whose sizes Python code looked at, with the module that did.
+    ``training`` is true where the run in train mode was added.
+    ``complete`` is false where tensors went through code that the mode cannot see.
+    """
+
+    graph: fx.Graph
+    nodes: list[fx.Node]
+    leaves: dict[str, fx.Node]
+    outputs: list[fx.Node]
+    size_reads: list[tuple[fx.Node, str]]
+    on_meta: bool
+    training: bool
+    complete: bool
+
+    def networkx(self) -> nx.DiGraph:
+        """The same graph as a ``networkx.DiGraph`` from producer to consumer."""
+        graph = nx.DiGraph()
+        for node in self.nodes:
+            graph.add_node(node, **{k: node.meta.get(k) for k in ("name", "module", "shape")})
+            graph.add_edges_from((source, node) for source in node.all_input_nodes)
+        return graph
+
+
+class Recorder(TorchFunctionMode):
+    """Turn the torch functions of a run into the nodes of an fx graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.leaves: dict[str, fx.Node] = {}
+        self.outputs: list[fx.Node] = []
+        self.size_reads: list[tuple[fx.Node, str]] = []
+        self.complete = True
+        self.module_path = ""
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[torch.Tensor] = []  # an id stays unique while its tensor lives
+        self._views: dict[int, list[torch.Tensor]] = {}
+        self._written: dict[int, fx.Node] = {}
+        self._announced: dict[int, tuple[str, torch.Tensor, str]] = {}
+
+    # -- leaves ----------------------------------------------------------------------------
+
+    def announce(self, path: str, stand_in: torch.Tensor, tensor: torch.Tensor, kind: str) -> None:
+        """Name a parameter or buffer; its node is made when it is first used."""
+        self._alive.append(stand_in)
+        self._announced[id(stand_in)] = (path, tensor, kind)
+
+    def placeholder(self, index: int, stand_in: torch.Tensor) -> None:
+        node = self.graph.placeholder(f"input_{index}")
+        node.meta = {"name": "input", "module": "", "source": None}
+        self._register(node, stand_in)
+
+    # -- recording -------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = function_name(func)
+        if name in METADATA:
+            return func(*args, **kwargs)
+        if name in SIZES:
+            if args and isinstance(args[0], torch.Tensor):
+                self.size_reads.append((self.node(args[0]), self.module_path))
+            return func(*args, **kwargs)
+        target = kwargs["out"] if "out" in kwargs else args[0] if args else None
+        target = target if isinstance(target, torch.Tensor) else None
+        version = None if target is None else target._version
+        # The arguments become nodes before the call: in place, it changes what they stand for.
+        node_args = (self._as_nodes(args), self._as_nodes(kwargs))
+        result = func(*args, **kwargs)
+        if target is not None and target._version != version:
+            self._write(self._call(name, func, *node_args), target)
+        elif isinstance(result, torch.Tensor):
+            if result is not target:  # contiguous(), dropout in eval: the same tensor
+                self._register(self._call(name, func, *node_args), result)
+        elif any(True for _ in tensors_in(result)):
+            self._register_many(self._call(name, func, *node_args), result)
+        elif result is not None and next(tensors_in((args, kwargs)), None) is not None:
+            self._call("read_value", read_value, *node_args)
+        return result
+
+    def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.graph.create_node("call_function", func, args, kwargs, name=name)
+        node.meta = {"name": name, "module": self.module_path, "source": _source()}
+        return node
+
+    def _register(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        node.meta["shape"] = tuple(tensor.shape)
+        node.meta["dtype"] = tensor.dtype
+        self._nodes[id(tensor)] = node
+        self._written.pop(id(tensor), None)
+        self._alive.append(tensor)
+        base = tensor._base
+        if base is not None:
+            self._views.setdefault(id(base), [base]).append(tensor)
+
+    def _register_many(self, node: fx.Node, result: Any) -> None:
+        items = list(result.values() if isinstance(result, Mapping) else result)
+        keys = list(result) if isinstance(result, Mapping) else list(range(len(items)))
+        node.meta["shape"] = tuple(
+            tuple(t.shape) if isinstance(t, torch.Tensor) else None for t in items
+        )
+        for key, item in zip(keys, items, strict=True):
+            if isinstance(item, torch.Tensor):
+                part = self._call("getitem_output", operator.getitem, (node, key), {})
+                self._register(part, item)
+            elif next(tensors_in(item), None) is not None:
+                self.complete = False
+
+    def _write(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        """``tensor`` was written in place: now it is ``node``; what shares its memory is stale."""
+        base = tensor if tensor._base is None else tensor._base
+        for other in self._views.get(id(base), [base]):
+            if other is not tensor:
+                self._written[id(other)] = node
+        self._register(node, tensor)
+
+    # -- looking up ------------------------------------------------------------------------
+
+    def node(self, tensor: torch.Tensor) -> fx.Node:
+        """The node that the tensor stands for now."""
+        node = self._nodes.get(id(tensor))
+        if node is None:
+            node = self._outside(tensor)
+        written = self._written.pop(id(tensor), None)
+        if written is not None:
+            node = self._call("stale_alias", stale_alias, (node, written), {})
+            self._register(node, tensor)
+        return node
+
+    def _outside(self, tensor: torch.Tensor) -> fx.Node:
+        """A tensor that no recorded function made: a leaf, or the work of code we cannot see."""
+        path, value, kind = self._announced.get(id(tensor), ("", tensor, "unseen"))
+        if kind == "unseen":
+            # A scripted function, say: anything may have flowed into it.
+            self.complete = False
+            node = self._call("unseen", read_value, (), {})
+        else:
+            node = self.graph.create_node("get_attr", path, name=path.replace(".", "_"))
+            node.meta = {"name": kind, "module": path.rpartition(".")[0], "source": None}
+            node.meta["tensor"] = value
+            self.leaves[path] = node
+        node.meta["shape"] = tuple(tensor.shape)
+        node.meta["dtype"] = tensor.dtype
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+        return node
+
+    def _as_nodes(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.node(value)
+        if isinstance(value, list):
+            return [self._as_nodes(v) for v in value]
+        if isinstance(value, tuple):
+            return tuple(self._as_nodes(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self._as_nodes(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self._as_nodes(v) for v in (value.start, value.stop, value.step)))
+        return value
+
+    def finish(self, output: Any) -> None:
+        self.outputs += [self.node(tensor) for tensor in tensors_in(output)]
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+    """Every tensor in nested containers, dataclasses and plain objects, in a fixed order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    if value is None or isinstance(value, (str, int, float, torch.Size, nn.Module)) or depth > 8:
+        return
+    if isinstance(value, Mapping):
+        members = list(value.values())
+    elif isinstance(value, (list, tuple, set)):
+        members = list(value)
+    elif is_dataclass(value):
+        members = [getattr(value, f.name) for f in fields(value)]
+    else:
+        members = list(getattr(value, "__dict__", {}).values())
+    for member in members:
+        yield from tensors_in(member, depth + 1)
+
+
+def _source() -> tuple[str, int] | None:
+    """File and line of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_SKIPPED):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+# -- running -------------------------------------------------------------------------------
+
+
+def as_arguments(dummy_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple (or list) of arguments, or a dict of keyword arguments, as a call."""
+    if isinstance(dummy_input, Mapping):
+        return (), dict(dummy_input)
+    if isinstance(dummy_input, (tuple, list)):
+        return tuple(dummy_input), {}
+    return (dummy_input,), {}
+
+
+def leaves_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, str]]:
+    """Path, tensor and kind of every parameter and buffer, each once (tied ones: first path)."""
+    for path, parameter in model.named_parameters():
+        yield path, parameter, "parameter"
+    for path, buffer in model.named_buffers():
+        yield path, buffer, "buffer"
+
+
+@contextmanager
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """The model in eval mode; each module gets its own mode back.
+
+    With ``training`` the modules are in train mode, but for batch norms: they would refuse a batch
+    of one and update their statistics.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        for module, _ in modes:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def rng_kept() -> Iterator[None]:
+    """Torch's random state, on every device in use, is the same after as before."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Keep ``recorder.module_path`` at the path of the module that is running."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(recorder.module_path)
+        recorder.module_path = paths.get(id(module), recorder.module_path)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        recorder.module_path = stack.pop()
+
+    registry = nn.modules.module
+    handles = [
+        registry.register_module_forward_pre_hook(enter),
+        registry.register_module_forward_hook(leave),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_recorded(
+    model: nn.Module, dummy_input: Any, on_meta: bool, training: bool, recorder: Recorder
+) -> None:
+    """Run the model once (and again in train mode) into ``recorder``; its errors pass through."""
+    stand_ins = {}
+    for path, tensor, kind in leaves_of(model):
+        stand_ins[path] = _to_meta(tensor) if on_meta else tensor
+        recorder.announce(path, stand_ins[path], tensor, kind)
+    for path, tensor in _plain_tensors(model):
+        recorder.announce(path, tensor, tensor, "constant")
+    args, kwargs = as_arguments(dummy_input)
+    if on_meta:
+        args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+    for index, tensor in enumerate(tensors_in((args, kwargs))):
+        recorder.placeholder(index, tensor)
+    with torch.no_grad(), rng_kept(), _module_paths(model, recorder):
+        for mode in (False, True) if training else (False,):
+            with evaluating(model, mode):
+                if on_meta:
+                    with torch.device("meta"), recorder:
+                        output = functional_call(model, stand_ins, args, kwargs)
+                else:
+                    with recorder:
+                        output = model(*args, **kwargs)
+                recorder.finish(output)
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    stand_in = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(stand_in, requires_grad=tensor.requires_grad)
+    return stand_in
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that modules hold as ordinary attributes: constants of the forward."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_") or isinstance(value, torch.Tensor):
+                for tensor in tensors_in(value, depth=7):
+                    yield f"{path}.{name}" if path else name, tensor
+
+
+def record(model: nn.Module, dummy_input: Any) -> Trace:
+    """Run the model once in eval mode and return what it did.
+
+    Modules that eval mode does not reach (auxiliary heads) are recorded in a second run in train
+    mode. Mode, random state and parameters are as before. Errors: ``TraceError`` where the model
+    does not run on ``dummy_input``; the model's own error is its cause.
+    """
+    recorder, on_meta = Recorder(), True
+    try:
+        run_recorded(model, dummy_input, True, False, recorder)
+    except Exception:  # the model looks at its data, or keeps tensors of its own: run for real
+        recorder, on_meta = Recorder(), False
+        try:
+            run_recorded(model, dummy_input, False, False, recorder)
+        except Exception as error:
+            raise _does_not_run(model, dummy_input, error) from error
+    training = not all(
+        path in recorder.leaves for path, _, kind in leaves_of(model) if kind == "parameter"
+    )
+    if training:
+        both = Recorder()
+        with suppress(Exception):  # what only train mode runs, and does not run here, stays
+            run_recorded(model, dummy_input, on_meta, True, both)
+            training = len(both.leaves) > len(recorder.leaves)
+            recorder = both if training else recorder
+    return Trace(
+        graph=recorder.graph,
+        nodes=list(recorder.graph.nodes),
+        leaves=recorder.leaves,
+        outputs=recorder.outputs,
+        size_reads=recorder.size_reads,
+        on_meta=on_meta,
+        training=training,
+        complete=recorder.complete,
+    )
+
+
+def _does_not_run(model: nn.Module, dummy_input: Any, error: Exception) -> TraceError:
+    shapes = [tuple(t.shape) for t in tensors_in(dummy_input)]
+    return TraceError(
+        f"{type(model).__name__} does not run on dummy_input (tensors of shape {shapes}): "
+        f"{type(error).__name__}: {error}. Pass what model(*args) takes: a tensor, a tuple of "
+        "arguments or a dict of keyword arguments, on the model's device."
+    )

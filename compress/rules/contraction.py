@@ -1,0 +1,297 @@
+"""Functions that sum over an axis of their input with weights: convolutions and linear layers.
+
+The input's channels end here: each is read where some weight that matters is not zero. The output's
+channels begin here, with the labels of the weight's output axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from compress.graph.labels import Axes, EqualParts, Field, LabelSpace
+from compress.graph.shapes import along, per_position
+from compress.rules.registry import Call, Read, Rule, Value, rule, shape_of
+
+if TYPE_CHECKING:
+    from compress.speedup.decide import Decision
+    from compress.speedup.knowledge import Knowledge
+    from compress.speedup.plan import PlanBuilder
+
+AxesOf = Callable[[Any], Axes]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a contraction's channels lie.
+
+    ``channel`` is the input's and the output's channel axis (negative); ``weight_in`` and
+    ``weight_out`` are the axes of the weight; ``at_border`` is true where a constant channel gives
+    another sum at the border than inside (zero padding).
+    """
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    groups: int
+    channel: int
+    weight_in: int
+    weight_out: int
+    at_border: bool
+
+    @property
+    def channels(self) -> int:
+        return shape_of(self.x)[self.channel]
+
+
+class Contraction(Rule):
+    """What all of them share; a subclass reads the geometry off the call."""
+
+    def geometry(self, call: Call) -> Geometry:
+        raise NotImplementedError
+
+    def weight(self, call: Call) -> tuple[fx.Node, int]:
+        g = self.geometry(call)
+        return g.weight, g.weight_out
+
+    # -- labels ----------------------------------------------------------------------------
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        g, node = self.geometry(call), call.node
+        x, weight = list(axes(g.x)), list(axes(g.weight))
+        for i, axis in enumerate(weight):
+            if i not in (g.weight_in, g.weight_out):
+                space.pin(axis, node, "is the extent of a kernel")
+        for i, axis in enumerate(x):
+            if i - len(x) != g.channel and -len(x) + i >= g.channel:
+                space.pin(axis, node, f"is a place that {call.name} slides over")
+                x[i] = None
+        if g.groups == 1:
+            space.tie(x[g.channel], weight[g.weight_in], node, f"feeds {call.name} as a fixed size")
+            out = weight[g.weight_out]
+        else:
+            out = self._grouped(g, x[g.channel], weight, node, space)
+        if g.bias is not None:
+            out = space.tie(out, axes(g.bias)[-1], node, "has a fixed bias")
+        x[g.channel] = out
+        return tuple(x)
+
+    def _grouped(
+        self, g: Geometry, inputs: Any, weight: list[Any], node: fx.Node, space: LabelSpace
+    ) -> Any:
+        """Each group has inputs and outputs of its own; only their counts must agree."""
+        whole, part = (g.weight_in, g.weight_out) if g.weight_in == 0 else (g.weight_out, g.weight_in)
+        shape = shape_of(g.weight)
+        if inputs is None or g.weight.op != "get_attr" or weight[whole] is None:
+            for axis in (inputs, weight[whole], weight[part]):
+                space.pin(axis, node, "meets a grouped convolution of fixed size")
+            return None
+        space.pin(weight[part], node, "is an axis inside the groups")
+        if g.weight_in == 0:  # transposed: (in, out / groups, …)
+            space.tie(inputs, weight[whole], node, node.meta["name"])
+            near, far = inputs, space.fresh(g.groups * shape[part])
+        else:
+            near, far = weight[whole], inputs
+        parts_near, parts_far = near.reshape(g.groups, -1), far.reshape(g.groups, -1)
+        if parts_near.shape == parts_far.shape == (g.groups, 1):  # depthwise
+            space.tie(near, far, node, node.meta["name"])
+            return near if g.weight_in else far
+        cross = np.repeat(parts_far, parts_near.shape[1], 0)
+        cross = cross.reshape(*cross.shape, *[1] * (len(shape) - 2))
+        space.fields.setdefault(g.weight.target, []).append(Field(cross, part))
+        space.equal_parts.append(EqualParts(parts_near, node, partners=parts_far))
+        space.equal_parts.append(EqualParts(parts_far, node, partners=parts_near))
+        return near if g.weight_in else far
+
+    # -- values ----------------------------------------------------------------------------
+
+    def matrix(self, g: Geometry, known: Knowledge) -> np.ndarray:
+        """Bool (out, in / groups): whether any weight there is not zero."""
+        return _oriented(known.pattern(g.weight), g)
+
+    def sums(self, g: Geometry, known: Knowledge, inputs: np.ndarray | None = None) -> np.ndarray:
+        """Float64 (out, in / groups): the weights summed over the kernel."""
+        weight = known.leaf(g.weight) if g.weight.op == "get_attr" else known.value(g.weight)
+        assert weight is not None
+        if inputs is not None and g.groups == 1:
+            index = torch.from_numpy(inputs.nonzero()[0]).to(weight.device)
+            weight = weight.index_select(g.weight_in, index)
+        total = weight.detach().flatten(2).sum(2, dtype=torch.float64) if weight.dim() > 2 else weight
+        return _oriented(total.detach().double().cpu().numpy(), g)
+
+    def constants(self, g: Geometry, known: Knowledge) -> np.ndarray | None:
+        """Float64 (in,): the constant that each input channel is; NaN where it is none."""
+        value = known.value(g.x)
+        if value is None:
+            return None
+        vector = per_position(value, g.channel, g.channels).numpy()
+        return None if np.isnan(vector).all() else vector
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        g = self.geometry(call)
+        if g.weight.op != "get_attr":
+            return None
+        matrix, constants = self.matrix(g, known), self.constants(g, known)
+        unknown = np.ones(g.channels, bool) if constants is None else np.isnan(constants)
+        if constants is not None and g.at_border:
+            unknown |= constants != 0
+        rows = ~_by_group(matrix, unknown, g.groups).any(1)
+        if not rows.any():
+            return None
+        result = np.where(rows, 0.0, np.nan)
+        if constants is not None and not g.at_border:
+            filled = np.where(np.isnan(constants), 0.0, constants)
+            result += (_by_group(self.sums(g, known), filled, g.groups)).sum(1)
+        if g.bias is not None:
+            bias = known.value(g.bias)
+            if bias is None:
+                return None
+            result += bias.numpy()
+        return along(torch.from_numpy(result), g.channel, len(call.shape))
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def live(self, call: Call, decision: Decision) -> np.ndarray:
+        return decision.live(call.node, self.geometry(call).channel)
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        g = self.geometry(call)
+        labels = known.axis(g.x, g.channel)
+        if labels is None:
+            return
+        assert live is not None
+        read = _columns_read(self.matrix(g, known), live, g.groups)
+        constants = self.constants(g, known)
+        if constants is None:
+            yield Read(labels, read)
+            return
+        nonzero = ~np.isnan(constants) & (constants != 0)
+        unmoved = nonzero & read & (not self.folds(call, g, known))
+        stays = np.isnan(constants) | (unmoved & (not self.carries(g, known)))
+        yield Read(labels, read & stays, constants, unmoved & ~stays)
+
+    def folds(self, call: Call, g: Geometry, known: Knowledge) -> bool:
+        """Whether a constant may go into the bias (or, with "drop", nowhere)."""
+        if known.constants == "drop":
+            return True
+        if g.at_border and known.constants == "exact":
+            return False
+        return known.takes_bias(g.weight, g.bias, call.module)
+
+    def carries(self, g: Geometry, known: Knowledge) -> bool:
+        """Whether one channel may carry the constants of others: the weight is used only here."""
+        return (
+            g.groups == 1
+            and known.constants == "exact"
+            and g.weight.op == "get_attr"
+            and known.uses(g.weight) == 1
+        )
+
+    # -- rewriting -------------------------------------------------------------------------
+
+    def rewrite(self, call: Call, plan: PlanBuilder) -> None:
+        g, known = self.geometry(call), plan.knowledge
+        if g.groups > 1:
+            self._set_groups(call, g, plan)
+        labels, constants = known.axis(g.x, g.channel), self.constants(g, known)
+        if labels is None or constants is None or known.constants == "drop":
+            return
+        gone = ~plan.kept(labels) & ~np.isnan(constants) & (constants != 0)
+        if g.weight.op == "get_attr":
+            live = self.live(call, plan.decision)
+            gone &= _columns_read(self.matrix(g, known), live, g.groups)
+        if not gone.any():
+            return
+        if self.folds(call, g, known):
+            plan.add_to_bias(call, g.weight, g.bias, g.weight_out, self._shift(g, known, constants, gone))
+        else:
+            plan.carry(call, g.weight, g.weight_in, labels, constants, gone)
+
+    def _shift(
+        self, g: Geometry, known: Knowledge, constants: np.ndarray, gone: np.ndarray
+    ) -> np.ndarray:
+        """What the removed constants add to each output: float64 (out,)."""
+        if g.groups == 1:
+            return self.sums(g, known, gone) @ constants[gone]  # type: ignore[no-any-return]
+        filled = np.where(gone, constants, 0.0)
+        return _by_group(self.sums(g, known), filled, g.groups).sum(1)  # type: ignore[no-any-return]
+
+    def _set_groups(self, call: Call, g: Geometry, plan: PlanBuilder) -> None:
+        """A group is left when any of its inputs or outputs is."""
+        alive = np.zeros(g.groups, bool)
+        for node, axis in ((g.x, g.channel), (call.node, g.channel)):
+            labels = plan.knowledge.axis(node, axis)
+            if labels is None:
+                return
+            alive |= plan.kept(labels).reshape(g.groups, -1).any(1)
+        plan.set_size(call, "groups", g.groups, int(alive.sum()))
+
+
+def _oriented(stored: np.ndarray, g: Geometry) -> np.ndarray:
+    """A weight's first two axes as (out, in / groups)."""
+    if g.weight_in != 0:
+        return stored
+    inputs, out = stored.shape
+    stored = stored.reshape(g.groups, inputs // g.groups, out)
+    return stored.transpose(0, 2, 1).reshape(g.groups * out, -1)
+
+
+def _by_group(matrix: np.ndarray, inputs: np.ndarray, groups: int) -> np.ndarray:
+    """``matrix`` (out, in / groups) times, position by position, the inputs (in,) of its group."""
+    if groups == 1:
+        return matrix * inputs
+    parts = inputs.reshape(groups, 1, -1)
+    return (matrix.reshape(groups, -1, matrix.shape[1]) * parts).reshape(matrix.shape)
+
+
+def _columns_read(matrix: np.ndarray, live: np.ndarray, groups: int) -> np.ndarray:
+    """Bool (in,): the inputs that some live row reads."""
+    if groups == 1:
+        return matrix[live].any(0) if not live.all() else matrix.any(0)
+    parts = matrix.reshape(groups, -1, matrix.shape[1]) & live.reshape(groups, -1, 1)
+    return parts.any(1).reshape(-1)
+
+
+@rule("conv1d", "conv2d", "conv3d")
+class Convolution(Contraction):
+    """weight: (out, in / groups, k…)."""
+
+    def geometry(self, call: Call) -> Geometry:
+        x, weight, padding = call.arg(0, "input"), call.arg(1, "weight"), call.arg(4, "padding", 0)
+        kernel = shape_of(weight)[2:]
+        if isinstance(padding, str):
+            at_border = padding == "same" and max(kernel) > 1
+        else:
+            at_border = bool(np.any(padding))
+        return Geometry(
+            x, weight, call.arg(2, "bias"), call.arg(6, "groups", 1),
+            channel=-len(kernel) - 1, weight_in=1, weight_out=0, at_border=at_border,
+        )  # fmt: skip
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+class TransposedConvolution(Contraction):
+    """weight: (in, out / groups, k…). Its taps do not overlap evenly, so every place is a border."""
+
+    def geometry(self, call: Call) -> Geometry:
+        x, weight = call.arg(0, "input"), call.arg(1, "weight")
+        return Geometry(
+            x, weight, call.arg(2, "bias"), call.arg(6, "groups", 1),
+            channel=1 - len(shape_of(weight)), weight_in=0, weight_out=1, at_border=True,
+        )  # fmt: skip
+
+
+@rule("linear")
+class Linear(Contraction):
+    """weight: (out, in)."""
+
+    def geometry(self, call: Call) -> Geometry:
+        return Geometry(
+            call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias"), 1,
+            channel=-1, weight_in=1, weight_out=0, at_border=False,
+        )  # fmt: skip

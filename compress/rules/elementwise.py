@@ -1,0 +1,209 @@
+"""Functions that work position by position: activations, arithmetic, casts, dropout.
+
+Labels: operands that share an axis are tied along it. Values: the function itself is run on what is
+known; 0 times unknown is 0.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from compress.graph.labels import Axes, Axis, LabelSpace
+from compress.rules.registry import Call, Rule, Value, rule, shape_of
+
+if TYPE_CHECKING:
+    from compress.speedup.knowledge import Knowledge
+
+# Values of larger operands (weights computed from weights) are not worth knowing.
+LARGEST_VALUE = 1 << 22
+
+UNARY = """relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh
+sigmoid logsigmoid tanh softplus softsign tanhshrink softshrink hardshrink threshold exp expm1 exp2
+log log1p log2 log10 sqrt rsqrt square abs absolute neg negative positive sign sgn sin cos tan asin
+acos atan sinh cosh asinh acosh atanh arctan erf erfc round floor ceil trunc frac reciprocal clamp
+clip clamp_min clamp_max pow nan_to_num logit isnan isinf isfinite logical_not bitwise_not invert
+sinc float_power""".split()
+BINARY = """add iadd radd sub rsub subtract isub mul multiply imul rmul div divide true_divide rdiv
+rtruediv truediv itruediv idiv floor_divide rfloordiv floordiv remainder fmod rpow ipow maximum
+minimum fmax fmin atan2 where addcmul addcdiv lerp masked_fill eq ne lt le gt ge logical_and
+logical_or logical_xor bitwise_and bitwise_or bitwise_xor and or xor rand ror""".split()
+IDENTITY = """clone contiguous detach alias to float double half bfloat16 type_as cuda cpu data
+requires_grad dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout
+feature_alpha_dropout lift positive_ resolve_conj resolve_neg""".split()
+
+_SWAPPED: dict[str, Callable[..., Any]] = {
+    "rsub": lambda a, b: b - a,
+    "rdiv": lambda a, b: b / a,
+    "rtruediv": lambda a, b: b / a,
+    "rfloordiv": lambda a, b: b // a,
+    "rpow": lambda a, b: b**a,
+    "float_power": torch.float_power,
+    "positive": torch.positive,
+    "subtract": torch.subtract,
+}
+_PRODUCTS = frozenset("mul multiply imul rmul".split())
+_QUOTIENTS = frozenset("div divide true_divide truediv itruediv idiv".split())
+
+
+def tied_axes(nodes: list[fx.Node], axes: Callable[[Any], Axes], call: Call, space: LabelSpace) -> Axes:
+    """Axes of the broadcast of several tensors: aligned from the right, tied where both vary."""
+    rank = len(call.shape)
+    result: list[Axis] = [None] * rank
+    for position in range(rank):
+        size, offset = call.shape[position], rank - position
+        if size == 1:
+            continue
+        found: list[tuple[fx.Node, Axis]] = []
+        for node in nodes:
+            shape = shape_of(node)
+            if offset <= len(shape) and shape[-offset] == size:
+                found.append((node, axes(node)[-offset]))
+        if found:
+            result[position] = _tie_all(found, call, space)
+    return tuple(result)
+
+
+def _tie_all(found: list[tuple[fx.Node, Axis]], call: Call, space: LabelSpace) -> Axis:
+    fixed = next((node for node, axis in found if axis is None), None)
+    if fixed is not None:
+        for _, axis in found:
+            space.pin(axis, call.node, f"meets a tensor that cannot shrink in {call.name}")
+        return None
+    first = found[0][1]
+    for _, axis in found[1:]:
+        space.tie(first, axis, call.node, call.name)
+    return first
+
+
+def function_of(call: Call) -> Callable[..., Any]:
+    """The out-of-place form of the function that was called."""
+    if call.name in _SWAPPED:
+        return _SWAPPED[call.name]
+    for home in (torch, F, operator, torch.Tensor):
+        found = getattr(home, call.name, None)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    raise AttributeError(call.name)
+
+
+def run_on_values(call: Call, known: Knowledge) -> Value:
+    """Run the function on what is known of its operands, unknown wherever one of them is."""
+    operands = {node: known.value(node) for node in call.inputs}
+    if all(v is None for v in operands.values()):
+        return None
+    unknown = torch.zeros((), dtype=torch.bool)
+    filled: dict[fx.Node, torch.Tensor] = {}
+    for node, value in operands.items():
+        if value is None:
+            if not node.meta["dtype"].is_floating_point:
+                return None
+            value = torch.full((1,) * len(shape_of(node)), torch.nan, dtype=torch.float64)
+        if value.numel() > LARGEST_VALUE:
+            return None
+        if value.is_floating_point():
+            unknown = unknown | value.isnan()
+            value = value.nan_to_num()
+        filled[node] = value
+    args = fx.node.map_arg(call.node.args, lambda n: filled[n])
+    kwargs = fx.node.map_arg(call.node.kwargs, lambda n: filled[n])
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("inplace", "out", "dtype")}
+    result = function_of(call)(*args, **kwargs)
+    if not result.is_floating_point():
+        return None if bool(unknown.any()) else result
+    return _with_unknown(result, unknown)
+
+
+def _with_unknown(result: torch.Tensor, unknown: torch.Tensor) -> Value:
+    result = torch.where(unknown, torch.nan, result)
+    return None if bool(result.isnan().all()) else result
+
+
+@rule(*UNARY, *BINARY)
+class Elementwise(Rule):
+    """Any function of its operands position by position."""
+
+    positional = True
+
+    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
+        return tied_axes(call.inputs, axes, call, space)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        if not call.node.meta["dtype"].is_floating_point and any(
+            known.value(n) is None for n in call.inputs
+        ):
+            return None
+        result = run_on_values(call, known)
+        if call.name in _PRODUCTS | _QUOTIENTS:
+            return _zero_times_unknown(call, known, result)
+        return result
+
+
+def _zero_times_unknown(call: Call, known: Knowledge, result: Value) -> Value:
+    """A factor that is 0 makes the product 0 whatever the other is (but a divisor does not)."""
+    factors = call.node.args[:1] if call.name in _QUOTIENTS else call.node.args[:2]
+    for factor in factors:
+        value = known.value(factor) if isinstance(factor, fx.Node) else None
+        if value is None or not bool((value == 0).any()):
+            continue
+        if result is None:
+            result = torch.full((1,) * len(call.shape), torch.nan, dtype=torch.float64)
+        result = torch.where(value == 0, 0.0, result)
+    return result
+
+
+@rule(*IDENTITY)
+class Identity(Rule):
+    """Casts, copies and dropout (whose values are those of eval mode)."""
+
+    positional = True
+
+    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
+        return axes(call.first)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value = known.value(call.first)
+        if value is None or value.is_floating_point() == call.node.meta["dtype"].is_floating_point:
+            return value
+        return None if bool(value.isnan().any()) else value.to(call.node.meta["dtype"])
+
+
+@rule("prelu")
+class PReLU(Rule):
+    """x if x > 0 else weight * x; the weight holds one slope, or one for each position of axis 1."""
+
+    positional = True
+
+    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
+        result = list(axes(call.first))
+        weight = call.arg(1, "weight")
+        if len(result) > 1 and shape_of(weight) == (call.shape[1],):
+            result[1] = space.tie(result[1], axes(weight)[0], call.node, "meets a fixed slope")
+        return tuple(result)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value = known.value(call.first)
+        slope = known.value(call.arg(1, "weight"))
+        if value is None or slope is None:
+            return None
+        slope = slope.reshape(1, -1, *[1] * (value.dim() - 2)) if value.dim() > 1 else slope
+        return torch.where(value >= 0, value, slope * value)
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+class Like(Rule):
+    """A new tensor with the sizes of another: it shrinks along with it."""
+
+    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
+        return axes(call.first)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        constants = {"zeros_like": 0.0, "ones_like": 1.0}
+        if call.name not in constants:
+            return None
+        return torch.full((1,) * len(call.shape), constants[call.name], dtype=torch.float64)

@@ -1,0 +1,426 @@
+"""Functions that move elements without changing them: views, transposes, joins, splits, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from compress.graph.labels import Axes, Axis, EqualParts, LabelSpace
+from compress.graph.shapes import normal_axis, numel, regroup, reshape_compact
+from compress.rules.registry import Call, Rule, Value, no_axes, rule, shape_of
+
+if TYPE_CHECKING:
+    from compress.speedup.knowledge import Knowledge
+
+AxesOf = Callable[[Any], Axes]
+
+
+def reshape_axes(
+    axes: Axes, before: Sequence[int], after: Sequence[int], call: Call, space: LabelSpace
+) -> Axes:
+    """The axes of a tensor of shape ``before`` seen as ``after``."""
+    result: list[Axis] = [None] * len(after)
+    if numel(before) == 0:
+        space.pin_all(axes, call.node, "is reshaped while empty")
+        return tuple(result)
+    for left, right in regroup(tuple(before), tuple(after)):
+        left = tuple(a for a in left if before[a] > 1)
+        right = tuple(a for a in right if after[a] > 1)
+        if not left or all(axes[a] is None for a in left):
+            continue
+        merged = space.merge([axes[a] for a in left], [before[a] for a in left], call.node)
+        assert merged is not None
+        parts = space.split(merged, [after[a] for a in right], call.node)
+        for axis, part in zip(right, parts, strict=True):
+            result[axis] = part
+    return tuple(result)
+
+
+@rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "unsafe_view",
+      "squeeze", "unsqueeze", "expand_dims")  # fmt: skip
+class Reshape(Rule):
+    """Any change of shape that keeps the elements' order; the recorded shapes say which."""
+
+    def sized(self, call: Call) -> bool:
+        without = ("flatten", "ravel", "unsqueeze", "view_as", "reshape_as", "expand_dims")
+        return call.name not in without
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        if not isinstance(call.node.meta["dtype"], torch.dtype) or _changes_dtype(call):
+            space.pin_all(axes(call.first), call.node, "is reinterpreted as another dtype")
+            return no_axes(call.shape)  # type: ignore[no-any-return]
+        return reshape_axes(axes(call.first), shape_of(call.first), call.shape, call, space)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value = known.value(call.first)
+        if value is None or _changes_dtype(call) or numel(call.shape) == 0:
+            return None
+        return reshape_compact(value, shape_of(call.first), call.shape)
+
+
+def _changes_dtype(call: Call) -> bool:
+    return call.name == "view" and call.node.meta["dtype"] != call.first.meta["dtype"]
+
+
+@rule("permute", "transpose", "swapaxes", "swapdims", "t", "T", "mT", "H", "mH", "adjoint",
+      "movedim", "moveaxis")  # fmt: skip
+class Permute(Rule):
+    """Another order of the axes."""
+
+    def order(self, call: Call) -> tuple[int, ...]:
+        """Which input axis each output axis is."""
+        ndim = len(call.shape)
+        if call.name == "permute":
+            return tuple(normal_axis(d, ndim) for d in call.rest(1, "dims"))
+        positions = torch.empty(tuple(range(2, 2 + ndim)), device="meta")
+        if call.name in ("T", "mT", "H", "mH"):
+            moved = getattr(positions, call.name)
+        else:
+            function = getattr(torch.Tensor, call.name)
+            moved = function(positions, *call.node.args[1:], **_without_input(call))
+        return tuple(size - 2 for size in moved.shape)
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given = axes(call.first)
+        return tuple(given[i] for i in self.order(call))
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value = known.value(call.first)
+        return None if value is None else value.permute(self.order(call))
+
+
+def _without_input(call: Call) -> dict[str, Any]:
+    return {k: v for k, v in call.node.kwargs.items() if k not in ("input", "self")}
+
+
+@rule("cat", "concat", "concatenate")
+class Cat(Rule):
+    """Tensors one after another along an axis."""
+
+    def parts(self, call: Call) -> tuple[list[fx.Node], int]:
+        tensors = [t for t in call.arg(0, "tensors") if shape_of(t) != (0,)]
+        return tensors, normal_axis(call.arg(1, "dim", 0), len(call.shape))
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        tensors, dim = self.parts(call)
+        result: list[Axis] = list(axes(tensors[0]))
+        for tensor in tensors[1:]:
+            for i, axis in enumerate(axes(tensor)):
+                if i != dim and call.shape[i] > 1:
+                    result[i] = space.tie(result[i], axis, call.node, "is joined to a fixed size")
+        pieces = [axes(t)[dim] for t in tensors]
+        if any(p is not None for p in pieces):
+            result[dim] = np.concatenate(
+                [
+                    np.zeros(shape_of(t)[dim], np.int64) if p is None else p
+                    for t, p in zip(tensors, pieces, strict=True)
+                ]
+            )
+        return tuple(result)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        tensors, dim = self.parts(call)
+        values = [known.value(t) for t in tensors]
+        if all(v is None for v in values):
+            return None
+        ndim = len(call.shape)
+        filled = [torch.full((1,) * ndim, torch.nan) if v is None else v for v in values]
+        sizes = [max(v.shape[i] for v in filled) for i in range(ndim)]
+        return torch.cat(
+            [
+                v.expand([shape_of(t)[dim] if i == dim else s for i, s in enumerate(sizes)])
+                for t, v in zip(tensors, filled, strict=True)
+            ],
+            dim,
+        )
+
+
+@rule("stack")
+class Stack(Rule):
+    """Tensors side by side along a new axis."""
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        tensors = call.arg(0, "tensors")
+        dim = normal_axis(call.arg(1, "dim", 0), len(call.shape))
+        result = list(axes(tensors[0]))
+        for tensor in tensors[1:]:
+            for i, axis in enumerate(axes(tensor)):
+                result[i] = space.tie(result[i], axis, call.node, "is stacked on a fixed size")
+        result.insert(dim, None)
+        return tuple(result)
+
+
+@rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
+class Split(Rule):
+    """Consecutive pieces along an axis. Equal pieces stay equal: the code may count them anew."""
+
+    def sized(self, call: Call) -> bool:
+        return True
+
+    def dim(self, call: Call) -> int:
+        return normal_axis(call.arg(2, "dim", 0), len(shape_of(call.first)))
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> tuple[Axes, ...]:
+        given, dim = axes(call.first), self.dim(call)
+        axis = given[dim]
+        if axis is None:
+            return tuple(given for _ in call.shape)
+        sizes = [s[dim] for s in call.shape]  # type: ignore[index]
+        pieces = np.split(axis, np.cumsum(sizes)[:-1])
+        if len(set(sizes)) == 1 and len(sizes) > 1:
+            space.equal_parts.append(EqualParts(np.stack(pieces), call.node))
+        elif call.name == "chunk":
+            space.pin(axis, call.node, "is cut into unequal chunks")
+        return tuple((*given[:dim], piece, *given[dim + 1 :]) for piece in pieces)
+
+    def value(self, call: Call, known: Knowledge) -> Any:
+        value, dim = known.value(call.first), self.dim(call)
+        if value is None or value.shape[dim] == 1:
+            return tuple(value for _ in call.shape)
+        sizes = [s[dim] for s in call.shape]  # type: ignore[index]
+        return value.split(sizes, dim)
+
+
+@rule("unbind")
+class Unbind(Rule):
+    """One tensor for each position of an axis; how many there are is the caller's code."""
+
+    def sized(self, call: Call) -> bool:
+        return True
+
+    def dim(self, call: Call) -> int:
+        return normal_axis(call.arg(1, "dim", 0), len(shape_of(call.first)))
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> tuple[Axes, ...]:
+        given, dim = axes(call.first), self.dim(call)
+        space.pin(given[dim], call.node, "is taken apart by unbind")
+        return tuple((*given[:dim], *given[dim + 1 :]) for _ in call.shape)
+
+    def value(self, call: Call, known: Knowledge) -> Any:
+        value, dim = known.value(call.first), self.dim(call)
+        if value is None:
+            return None
+        if value.shape[dim] == 1:
+            return tuple(value.squeeze(dim) for _ in call.shape)
+        return value.unbind(dim)
+
+
+@rule("getitem")
+class GetItem(Rule):
+    """Basic indexing. A bound in the middle of an axis is the user's number, so the axis stays."""
+
+    def plan(self, call: Call) -> list[tuple[str, Any]] | None:
+        """What happens to each input axis, and where new ones come; None for tensor indices."""
+        index = call.arg(1, "index")
+        items = list(index) if isinstance(index, tuple) else [index]
+        if any(isinstance(i, (fx.Node, list, bool)) for i in items):
+            return None
+        if any(isinstance(b, fx.Node) for i in items if isinstance(i, slice)
+               for b in (i.start, i.stop, i.step)):  # fmt: skip
+            return None
+        ndim = len(shape_of(call.first))
+        taken = sum(i is not None and i is not Ellipsis for i in items)
+        rest = [slice(None)] * (ndim - taken)
+        if Ellipsis in items:
+            at = items.index(Ellipsis)
+            items[at : at + 1] = rest
+        else:
+            items += rest
+        kinds = {type(None): "new", slice: "slice", int: "select"}
+        if not all(type(i) in kinds for i in items):
+            return None
+        return [(kinds[type(i)], i) for i in items]
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given, steps = list(axes(call.first)), self.plan(call)
+        if steps is None:
+            space.pin_all(given, call.node, "is indexed with a tensor")
+            return no_axes(call.shape)  # type: ignore[no-any-return]
+        result: list[Axis] = []
+        for kind, item in steps:
+            if kind == "new":
+                result.append(None)
+                continue
+            axis = given.pop(0)
+            if kind == "select":
+                space.pin(axis, call.node, f"is indexed with {item}")
+            elif axis is not None and item.indices(len(axis)) != (0, len(axis), 1):
+                space.pin(axis, call.node, "is sliced at a fixed position")
+                result.append(None)
+            else:
+                result.append(axis)
+        return tuple(result)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value, steps = known.value(call.first), self.plan(call)
+        if value is None or steps is None:
+            return None
+        items: list[Any] = []
+        axis = 0
+        for kind, item in steps:
+            if kind != "new":
+                constant, axis = value.shape[axis] == 1, axis + 1
+                item = item if not constant else 0 if kind == "select" else slice(None)
+            items.append(item)
+        return value[tuple(items)]
+
+
+@rule("expand", "expand_as", "broadcast_to")
+class Expand(Rule):
+    """Repeats axes of size 1; the others pass."""
+
+    def sized(self, call: Call) -> bool:
+        return True
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given, before = axes(call.first), shape_of(call.first)
+        new = len(call.shape) - len(before)
+        kept = [a if b == s else None for a, b, s in zip(given, before, call.shape[new:], strict=True)]
+        return (*[None] * new, *kept)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value = known.value(call.first)
+        if value is None:
+            return None
+        return value.reshape([1] * (len(call.shape) - value.dim()) + list(value.shape))
+
+
+@rule("flip", "roll", "fliplr", "flipud")
+class Reorder(Rule):
+    """Another order along axes; a labelled axis may be turned round, but not rolled."""
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given = list(axes(call.first))
+        dims = call.rest(1, "dims") if call.name == "flip" else call.arg(2, "dims", ())
+        moved = [dims] if isinstance(dims, int) else list(dims or range(len(given)))
+        for dim in (normal_axis(d, len(given)) for d in moved):
+            axis = given[dim]
+            if call.name == "flip" and axis is not None:
+                given[dim] = np.ascontiguousarray(axis[::-1])
+            else:
+                space.pin(axis, call.node, f"changes places in {call.name}")
+                given[dim] = None
+        return tuple(given)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value = known.value(call.first)
+        if value is None or call.name != "flip":
+            return None
+        return value.flip([d for d in call.rest(1, "dims")])
+
+
+@rule("repeat", "tile")
+class Repeat(Rule):
+    """Copies of the whole axis one after another."""
+
+    def sized(self, call: Call) -> bool:
+        return True
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given, before = axes(call.first), shape_of(call.first)
+        new = len(call.shape) - len(before)
+        result: list[Axis] = [None] * new
+        for axis, size, total in zip(given, before, call.shape[new:], strict=True):
+            result.append(None if axis is None or size == 0 else np.tile(axis, total // size))
+        return tuple(result)
+
+
+@rule("pad")
+class Pad(Rule):
+    """Adds positions at the ends of axes: constants, or copies of what is there."""
+
+    def widths(self, call: Call) -> dict[int, tuple[int, int]]:
+        flat, ndim = call.arg(1, "pad"), len(call.shape)
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        return {ndim - 1 - i: pair for i, pair in enumerate(pairs) if pair != (0, 0)}
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        result = list(axes(call.first))
+        for dim, (low, high) in self.widths(call).items():
+            axis = result[dim]
+            if axis is None:
+                continue
+            if call.arg(2, "mode", "constant") == "constant" and min(low, high) >= 0:
+                fill = [np.zeros(low, np.int64), axis, np.zeros(high, np.int64)]
+                result[dim] = np.concatenate(fill)
+            else:
+                space.pin(axis, call.node, "is padded with its own ends")
+                result[dim] = None
+        return tuple(result)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value, widths = known.value(call.first), self.widths(call)
+        if value is None or not widths:
+            return value
+        if any(value.shape[dim] > 1 for dim in widths):
+            return None
+        if call.arg(2, "mode", "constant") != "constant":
+            return value
+        fill = call.arg(3, "value") or 0.0
+        return torch.where(value == fill, value, torch.nan)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+class Shuffle(Rule):
+    """A reshape, a transpose and a reshape.
+
+    ``pixel_shuffle``: (…, C·r², H, W) to (…, C, H·r, W·r); ``pixel_unshuffle``: back;
+    ``channel_shuffle``: (N, g·C, …) with the g groups interleaved.
+    """
+
+    def sized(self, call: Call) -> bool:
+        return True
+
+    def steps(self, call: Call) -> tuple[tuple[int, ...], list[int]]:
+        """The shape in the middle, and the order in which its axes come out."""
+        before, after = shape_of(call.first), call.shape
+        if call.name == "channel_shuffle":
+            groups = call.arg(1, "groups")
+            middle = (before[0], groups, before[1] // groups, *before[2:])
+            return middle, [0, 2, 1, *range(3, len(middle))]
+        r: int = call.arg(1, "upscale_factor", call.node.kwargs.get("downscale_factor"))
+        lead, n = before[:-3], len(before) - 3
+        if call.name == "pixel_shuffle":
+            middle = (*lead, after[-3], r, r, before[-2], before[-1])
+            return middle, [*range(n), n, n + 3, n + 1, n + 4, n + 2]
+        middle = (*lead, before[-3], after[-2], r, after[-1], r)
+        return middle, [*range(n), n, n + 2, n + 4, n + 1, n + 3]
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        middle, order = self.steps(call)
+        split = list(reshape_axes(axes(call.first), shape_of(call.first), middle, call, space))
+        if call.name == "pixel_shuffle":
+            for inside in (-4, -3):  # the r · r positions become places in the picture
+                space.pin(split[inside], call.node, "is a place inside a pixel")
+                split[inside] = None
+        moved = tuple(split[i] for i in order)
+        return reshape_axes(moved, [middle[i] for i in order], call.shape, call, space)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value, (middle, order) = known.value(call.first), self.steps(call)
+        if value is None:
+            return None
+        moved = reshape_compact(value, shape_of(call.first), middle).permute(order)
+        return reshape_compact(moved, tuple(middle[i] for i in order), call.shape)
+
+
+@rule("narrow", "select", "index_select", "gather", "take_along_dim")
+class Pick(Rule):
+    """Positions of one axis by number: that axis stays as it is."""
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given = list(axes(call.first))
+        dim = normal_axis(call.arg(1, "dim"), len(given))
+        space.pin(given[dim], call.node, f"is picked from by {call.name}")
+        given[dim] = None
+        if call.name in ("gather", "take_along_dim"):
+            for node in call.inputs:
+                space.pin_all(axes(node), call.node, f"is picked from by {call.name}")
+            return no_axes(call.shape)  # type: ignore[no-any-return]
+        if call.name == "select":
+            del given[dim]
+        return tuple(given)

@@ -1,0 +1,109 @@
+"""Functions that sum up over places: pooling, means, interpolation.
+
+Over places they keep the channels. Over a labelled axis they would mix what may go with what stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.graph.labels import Axes, Axis, LabelSpace
+from compress.graph.shapes import normal_axis
+from compress.rules.registry import Call, Rule, Value, no_axes, rule, shape_of
+
+if TYPE_CHECKING:
+    from compress.speedup.knowledge import Knowledge
+
+AxesOf = Callable[[Any], Axes]
+
+
+@rule("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+      "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+      "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool1d", "lp_pool2d",
+      "interpolate", "upsample")  # fmt: skip
+class Pooling(Rule):
+    """Windows over the last axes (as many as the function's rank)."""
+
+    def rank(self, call: Call) -> int:
+        digits = [c for c in call.name if c.isdigit()]
+        return int(digits[0]) if digits else len(call.shape) - 2
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
+        rank, given = self.rank(call), list(axes(call.first))
+        for i in range(len(given) - rank, len(given)):
+            space.pin(given[i], call.node, f"is a place that {call.name} pools over")
+            given[i] = None
+        if call.shape and not isinstance(call.shape[0], int):  # with indices: places, per channel
+            return tuple(tuple(given) for _ in call.shape)
+        return tuple(given)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value, rank = known.value(call.first), self.rank(call)
+        if value is None or any(s > 1 for s in value.shape[-rank:]):
+            return None
+        if call.shape and not isinstance(call.shape[0], int):
+            return None
+        if call.name.startswith("lp_pool") or self._counts_padding(call):
+            return torch.where(value == 0, value, torch.nan)
+        return value
+
+    def _counts_padding(self, call: Call) -> bool:
+        """Whether zeros outside the picture enter an average."""
+        if not call.name.startswith("avg_pool"):
+            return False
+        padding = call.arg(3, "padding", 0)
+        padded = padding != 0 if isinstance(padding, int) else any(padding)
+        divisor = call.arg(6, "divisor_override")
+        return divisor is not None or (padded and bool(call.arg(5, "count_include_pad", True)))
+
+
+@rule("mean", "sum", "amax", "amin", "max", "min", "std", "var", "prod", "logsumexp", "any", "all",
+      "norm", "argmax", "argmin", "median", "cumsum", "cumprod", "softmax", "log_softmax",
+      "softmin", "normalize", "sort", "topk", "argsort", "std_mean", "var_mean")  # fmt: skip
+class Reduction(Rule):
+    """Over axes that cannot shrink, the other axes pass; a labelled axis that is summed up stays."""
+
+    def dims(self, call: Call) -> tuple[int, ...]:
+        ndim = len(shape_of(call.first))
+        at = {"norm": 2, "normalize": 2, "topk": 2, "logsumexp": 1}.get(call.name, 1)
+        default: Any = {"topk": -1, "sort": -1, "argsort": -1, "normalize": 1}.get(call.name)
+        dim = call.arg(at, "dim", call.node.kwargs.get("axis", default))
+        if isinstance(dim, bool):  # var(x, unbiased)
+            dim = None
+        if dim is None or dim == ():
+            return tuple(range(ndim))
+        return tuple(normal_axis(d, ndim) for d in ([dim] if isinstance(dim, int) else dim))
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
+        if len(call.inputs) > 1:  # max(a, b)
+            for node in call.inputs:
+                space.pin_all(axes(node), call.node, f"goes through {call.name} of two tensors")
+            return no_axes(call.shape)
+        given, dims = list(axes(call.first)), self.dims(call)
+        for dim in dims:
+            space.pin(given[dim], call.node, f"is what {call.name} works over")
+            given[dim] = None
+        if call.shape and not isinstance(call.shape[0], int):
+            return tuple(self._drop(given, dims, len(s)) for s in call.shape)
+        return self._drop(given, dims, len(call.shape))
+
+    def _drop(self, given: list[Axis], dims: tuple[int, ...], ndim: int) -> Axes:
+        if ndim == len(given):
+            return tuple(given)
+        return tuple(axis for i, axis in enumerate(given) if i not in dims)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value, dims = known.value(call.first), self.dims(call)
+        if value is None or call.name not in ("mean", "sum", "amax", "amin"):
+            return None
+        if any(value.shape[d] > 1 for d in dims):
+            return None
+        if call.name == "sum":
+            for dim in dims:
+                value = value * shape_of(call.first)[dim]
+        if len(call.shape) < value.dim():
+            value = value.reshape([s for i, s in enumerate(value.shape) if i not in dims])
+        return value

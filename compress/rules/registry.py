@@ -1,0 +1,158 @@
+"""What a rule is, and the table from the name of a torch function to its rule.
+
+A rule says what one family of torch functions does to labels and to known values, and which
+positions of its inputs it reads. It never walks a graph: it sees one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import fx
+
+from compress.graph.labels import Axes, Labels, LabelSpace
+
+if TYPE_CHECKING:
+    from compress.speedup.decide import Decision
+    from compress.speedup.knowledge import Knowledge
+    from compress.speedup.plan import PlanBuilder
+
+Value = torch.Tensor | None  # compact, NaN where unknown; None: nothing is known
+
+
+class Call:
+    """One recorded call, with its arguments found by position or by name."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+        self.name: str = node.meta["name"]
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        args = self.node.args
+        return args[index] if index < len(args) else self.node.kwargs.get(name, default)
+
+    @property
+    def first(self) -> fx.Node:
+        """The tensor that the call is about: the first argument, whatever its name."""
+        found = self.node.args[0] if self.node.args else next(iter(self.node.kwargs.values()))
+        assert isinstance(found, fx.Node)
+        return found
+
+    def rest(self, index: int, name: str) -> tuple[Any, ...]:
+        """``view(2, 3)`` and ``view((2, 3))`` alike: the integers from position ``index`` on."""
+        given = self.node.args[index:] or (self.node.kwargs.get(name, ()),)
+        if len(given) == 1 and isinstance(given[0], (tuple, list)):
+            return tuple(given[0])
+        return tuple(given)
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return self.node.all_input_nodes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.node.meta["shape"]  # type: ignore[no-any-return]
+
+    @property
+    def module(self) -> str:
+        return self.node.meta["module"]  # type: ignore[no-any-return]
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    return node.meta["shape"]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a call reads of one axis of one input.
+
+    ``needed`` (positions,) is true where the position must stay on account of this call. Where a
+    position may go although it holds a constant c, not 0, ``carried`` is true: some other position
+    whose constant is known must stay to carry it (see ``Contraction``). ``constants`` (positions,)
+    are the known constants, NaN where unknown.
+    """
+
+    labels: Labels
+    needed: np.ndarray
+    constants: np.ndarray | None = None
+    carried: np.ndarray | None = None
+
+
+class Rule:
+    """The default is the safest thing: nothing known, everything read.
+
+    ``positional``: an output position depends on the inputs at that position alone, so that where
+    the output is known or not read, the inputs are not read either.
+    """
+
+    positional = False
+
+    def sized(self, call: Call) -> bool:
+        """Whether sizes are among the call's arguments, so that the code must count them anew."""
+        return False
+
+    def weight(self, call: Call) -> tuple[fx.Node, int] | None:
+        """The weight whose axis the output's units are, for calls that make new units."""
+        return None
+
+    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Any:
+        """Axes of the output (a tuple of them for several outputs)."""
+        raise NotImplementedError
+
+    def value(self, call: Call, known: Knowledge) -> Any:
+        """Value of the output (a tuple of them for several outputs)."""
+        return None
+
+    def live(self, call: Call, decision: Decision) -> np.ndarray | None:
+        """The part of the decision that ``reads`` depends on: which output positions matter."""
+        return None
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        """What the call consumes: axes of its inputs that its output does not carry on."""
+        return iter(())
+
+    def rewrite(self, call: Call, plan: PlanBuilder) -> None:
+        """Add to the plan what the call needs beyond slicing: constants to move, sizes to set."""
+
+
+class Opaque(Rule):
+    """A function without a rule: whatever touches it stays, and the report says so."""
+
+    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Any:
+        for node in call.inputs:
+            space.pin_all(axes(node), call.node, f"goes through {call.name}, which has no rule")
+        return no_axes(call.shape)
+
+
+def no_axes(shape: Any) -> Any:
+    """Axes without labels for an output shape, or for each of several."""
+    if shape and not isinstance(shape[0], int):
+        return tuple(None if s is None else no_axes(s) for s in shape)
+    return (None,) * len(shape)
+
+
+OPAQUE = Opaque()
+RULES: dict[str, Rule] = {}
+R = TypeVar("R", bound=type[Rule])
+
+
+def rule(*names: str) -> Callable[[R], R]:
+    """Register a rule class for the plain names of torch functions; a name has one rule."""
+
+    def register(cls: R) -> R:
+        instance = cls()
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"two rules for {name!r}: {type(RULES[name]).__name__}, {cls}")
+            RULES[name] = instance
+        return cls
+
+    return register
+
+
+def rule_for(name: str) -> Rule:
+    return RULES.get(name, OPAQUE)

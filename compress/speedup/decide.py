@@ -1,0 +1,199 @@
+"""Which labels may go: the least set that must stay, grown from what the outputs need.
+
+A label stays when some consumer reads it there: sees a value that is not a constant it can absorb.
+Then labels come back until what is left is rectangular. Leaving a removable channel in place is
+always safe: nobody reads it, or it is a known constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from compress.graph.channels import ChannelGraph, Step, location
+from compress.graph.labels import EqualParts, Grid, Labels
+from compress.rules.registry import Read, Rule
+from compress.speedup.knowledge import Knowledge
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``round_to``: kept channels of a layer are a multiple; ``min_channels``: at least so many."""
+
+    round_to: int = 1
+    min_channels: int = 1
+
+
+class Decision:
+    """``keep`` (one per label root, true: stays) and why: ``reason(label)``."""
+
+    def __init__(self, knowledge: Knowledge, limits: Limits) -> None:
+        self.knowledge = knowledge
+        self.graph: ChannelGraph = knowledge.graph
+        self.root = self.graph.root
+        self.limits = limits
+        self.keep = np.zeros(self.graph.space.size, bool)
+        self.keep[self.root[0]] = True
+        self.reads: dict[fx.Node, list[Read]] = {}
+        self._blame: dict[int, str] = {}
+        self._last_live: dict[fx.Node, bytes] = {}
+        self._grow_from_reads()
+        self._make_rectangular()
+
+    # -- what the rules ask ----------------------------------------------------------------
+
+    def kept(self, labels: Labels) -> np.ndarray:
+        return self.keep[self.root[labels]]  # type: ignore[no-any-return]
+
+    def live(self, node: fx.Node, axis: int) -> np.ndarray:
+        """Bool, one per position of an output axis: whether it must be computed rightly.
+
+        It must if it stays and is read, or if it is a known constant (whoever absorbs a constant
+        relies on it).
+        """
+        labels = self.knowledge.axis(node, axis)
+        size = node.meta["shape"][axis]
+        live = np.ones(size, bool) if labels is None else self.kept(labels)
+        unread = self.knowledge.unread(node, axis)
+        if unread is not None:
+            live = live & ~unread
+        known = self.knowledge.known(node, axis)
+        return live if known is None else live | known
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def _grow_from_reads(self) -> None:
+        readers = [s for s in self.graph.steps if type(s.rule).reads is not Rule.reads]
+        grids = self.graph.space.grids
+        changed = True
+        while changed:
+            changed = False
+            for step in reversed(readers):
+                changed |= self._read(step)
+            for grid in reversed(grids):
+                changed |= self._close_grid(grid)
+
+    def _read(self, step: Step) -> bool:
+        """Keep what one call reads; skip it if nothing it depends on has changed."""
+        node = step.call.node
+        state = step.rule.live(step.call, self)
+        key = b"" if state is None else state.tobytes()
+        if self._last_live.get(node) == key:
+            return False
+        self._last_live[node] = key
+        self.reads[node] = list(step.rule.reads(step.call, self.knowledge, state))
+        return any(
+            [
+                self._restore(read.labels[read.needed], f"is read by {location(node)}")
+                for read in self.reads[node]
+            ]
+        )
+
+    def _restore(self, labels: Labels, reason: str) -> bool:
+        roots = np.unique(self.root[labels])
+        new = roots[~self.keep[roots]]
+        self.keep[new] = True
+        for label in new.tolist():
+            self._blame[label] = reason
+        return bool(len(new))
+
+    # -- constraints -----------------------------------------------------------------------
+
+    def _make_rectangular(self) -> None:
+        steps: list[Callable[[], bool]] = [
+            self._keep_carriers,
+            lambda: any([self._close_grid(g) for g in self.graph.space.grids]),
+            lambda: any([self._equalise(p) for p in self.graph.space.equal_parts]),
+            self._keep_one,
+            self._keep_counts,
+        ]
+        while any([step() for step in steps]):
+            pass
+
+    def _close_grid(self, grid: Grid) -> bool:
+        cells = self.kept(grid.cells)
+        where = f"is a cell of a kept row and column at {location(grid.node)}"
+        changed = self._restore(grid.rows[cells.any(1)], where)
+        changed |= self._restore(grid.columns[cells.any(0)], where)
+        wanted = self.kept(grid.rows)[:, None] & self.kept(grid.columns)
+        return self._restore(grid.cells[wanted], where) or changed
+
+    def _equalise(self, equal: EqualParts) -> bool:
+        kept = self.kept(equal.parts)
+        counts = kept.sum(1)
+        alive = np.ones(len(counts), bool)
+        if equal.partners is not None:
+            alive = kept.any(1) | self.kept(equal.partners).any(1)
+        target = max(int(counts[alive].max(initial=0)), 1)
+        lacking = [
+            equal.parts[i][~kept[i]][: target - counts[i]]
+            for i in np.flatnonzero(alive & (counts < target))
+        ]
+        if not lacking:
+            return False
+        where = f"evens out the groups at {location(equal.node)}"
+        return self._restore(np.concatenate(lacking), where)
+
+    def _keep_one(self) -> bool:
+        changed = False
+        for vector in self.graph.vectors:
+            if not self.kept(vector).any():
+                changed |= self._restore(vector[:1], "is the last one of its layer")
+        return changed
+
+    def _keep_counts(self) -> bool:
+        limits, changed = self.limits, False
+        if limits.round_to <= 1 and limits.min_channels <= 1:
+            return False
+        for labels in self._layer_outputs():
+            kept = self.kept(labels)
+            wanted = -(-max(int(kept.sum()), limits.min_channels) // limits.round_to)
+            missing = min(wanted * limits.round_to, len(labels)) - int(kept.sum())
+            if missing > 0:
+                reason = f"rounds its layer to {limits}"
+                changed |= self._restore(labels[~kept][:missing], reason)
+        return changed
+
+    def _layer_outputs(self) -> list[Labels]:
+        found: dict[int, Labels] = {}
+        for node in self.reads:
+            for axis in self.graph.axes[node]:
+                if axis is not None:
+                    found[id(axis)] = axis
+        return list(found.values())
+
+    # -- constants -------------------------------------------------------------------------
+
+    def _keep_carriers(self) -> bool:
+        """Where removed constants meet zero padding, one of them stays to carry the others."""
+        changed = False
+        for node, reads in self.reads.items():
+            for read in reads:
+                if read.carried is None or read.constants is None:
+                    continue
+                gone = read.carried & ~self.kept(read.labels)
+                if gone.any() and self.carrier(read.labels, read.constants, gone) is None:
+                    largest = np.argmax(np.where(gone, np.abs(read.constants), 0.0))
+                    reason = f"carries the constants of removed channels into {location(node)}"
+                    changed |= self._restore(read.labels[[largest]], reason)
+        return changed
+
+    def carrier(self, labels: Labels, constants: np.ndarray, gone: np.ndarray) -> int | None:
+        """The kept position whose constant can stand for those that are gone."""
+        size = np.where(self.kept(labels) & ~np.isnan(constants), np.abs(constants), 0.0)
+        best = int(np.argmax(size))
+        # A much smaller constant would need much larger weights, and lose precision.
+        enough = 0.1 * np.nanmax(np.abs(constants[gone]))
+        return best if size[best] > 0 and size[best] >= enough else None
+
+    def reason(self, label: int) -> str | None:
+        """Why a label stays (a clause that follows "it"), or None if it goes."""
+        root = int(self.root[label])
+        if not self.keep[root]:
+            return None
+        if root != 0:
+            return self._blame.get(root, "is in use")
+        return self.graph.pin_reason(label)

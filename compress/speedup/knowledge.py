@@ -1,0 +1,146 @@
+"""What is known of every tensor of a trace under the masks, whatever the input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from compress.graph.channels import ChannelGraph
+from compress.graph.labels import Axis
+from compress.graph.shapes import per_position
+from compress.rules.elementwise import LARGEST_VALUE
+from compress.rules.registry import Value, rule_for
+
+_PLAIN_FORWARDS = {
+    cls.forward
+    for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
+                nn.ConvTranspose2d, nn.ConvTranspose3d)
+}  # fmt: skip
+
+
+class Knowledge:
+    """Known values of a masked model, computed once in the order of the run.
+
+    ``masks`` maps parameter paths to bool tensors (true: kept). Values are float64 and compact
+    (see ``compress.graph.shapes``), NaN where the input decides.
+    """
+
+    def __init__(
+        self, graph: ChannelGraph, masks: Mapping[str, torch.Tensor], constants: str = "exact"
+    ) -> None:
+        self.graph = graph
+        self.masks = masks
+        self.constants = constants
+        self._values: dict[fx.Node, Any] = {}
+        self._patterns: dict[fx.Node, np.ndarray] = {}
+        self._unread: dict[tuple[fx.Node, int], np.ndarray | None] = {}
+        self._outputs = set(graph.trace.outputs)
+        for step in graph.steps:
+            self._values[step.call.node] = step.rule.value(step.call, self)
+
+    # -- leaves ----------------------------------------------------------------------------
+
+    def leaf(self, node: fx.Node) -> torch.Tensor:
+        """The masked parameter (or the buffer) behind a leaf, on its own device."""
+        tensor: torch.Tensor = node.meta["tensor"].detach()
+        mask = self.masks.get(str(node.target))
+        return tensor if mask is None else torch.where(mask.to(tensor.device), tensor, 0)
+
+    def pattern(self, node: fx.Node) -> np.ndarray:
+        """Bool (d0, d1): whether any weight at these positions of the first two axes is not 0."""
+        found = self._patterns.get(node)
+        if found is None:
+            if node.op == "get_attr":
+                nonzero = self.leaf(node) != 0
+                nonzero = nonzero.flatten(2).any(2) if nonzero.dim() > 2 else nonzero
+                found = nonzero.cpu().numpy()
+            else:
+                found = np.ones(node.meta["shape"][:2], bool)
+            self._patterns[node] = found
+        return found
+
+    # -- values ----------------------------------------------------------------------------
+
+    def value(self, node: Any) -> Value:
+        if node is None:
+            return None
+        if node.op == "get_attr":
+            if node not in self._values:
+                self._values[node] = self._leaf_value(node)
+            return self._values[node]  # type: ignore[no-any-return]
+        if node.meta["name"] == "getitem_output":
+            source, key = node.args
+            several = self._values.get(source)
+            return several[key] if isinstance(several, tuple) and isinstance(key, int) else None
+        value = self._values.get(node)
+        return None if isinstance(value, tuple) else value
+
+    def _leaf_value(self, node: fx.Node) -> Value:
+        if node.meta["tensor"].numel() > LARGEST_VALUE or node.meta["tensor"].is_meta:
+            return None
+        value = self.leaf(node).cpu()
+        if value.is_floating_point():
+            return value.double()
+        return None if value.is_complex() else value
+
+    # -- demand ----------------------------------------------------------------------------
+
+    def axis(self, node: fx.Node, axis: int) -> Axis:
+        return self.graph.axis(node, axis)
+
+    def uses(self, node: fx.Node) -> int:
+        return len(node.users)
+
+    def known(self, node: fx.Node, axis: int) -> np.ndarray | None:
+        """Bool, one per position of an axis: whether the output there is a known constant."""
+        value = self.value(node)
+        if value is None or not value.is_floating_point():
+            return None
+        vector = per_position(value, axis, node.meta["shape"][axis]).numpy()
+        return ~np.isnan(vector)
+
+    def unread(self, node: fx.Node, axis: int) -> np.ndarray | None:
+        """Bool, one per position: whether all calls that use the node ignore it (None: they read).
+
+        A product with a known 0 ignores the other factor, a norm whose weight is 0 its input.
+        ``axis`` counts from the right.
+        """
+        key = (node, axis)
+        if key not in self._unread:
+            self._unread[key] = self._find_unread(node, axis)
+        return self._unread[key]
+
+    def _find_unread(self, node: fx.Node, axis: int) -> np.ndarray | None:
+        result: np.ndarray | None = None
+        if node in self._outputs or not node.users:
+            return None
+        for user in node.users:
+            if not rule_for(user.meta["name"]).positional:
+                return None
+            shape = user.meta["shape"]
+            if len(shape) != len(node.meta["shape"]) or shape[axis] != node.meta["shape"][axis]:
+                return None
+            known, unread = self.known(user, axis), self.unread(user, axis)
+            if known is None and unread is None:
+                return None
+            ignored = known if unread is None else unread if known is None else known | unread
+            assert ignored is not None
+            result = ignored if result is None else result & ignored
+        return result
+
+    def takes_bias(self, weight: fx.Node, bias: fx.Node | None, module_path: str) -> bool:
+        """Whether a constant can be added to a call's bias without touching anything else."""
+        if weight.op != "get_attr" or self.uses(weight) != 1:
+            return False
+        if bias is not None:
+            return bias.op == "get_attr" and bias.meta["name"] == "parameter" and self.uses(bias) == 1
+        module = self.graph.model.get_submodule(module_path)
+        return (
+            type(module).forward in _PLAIN_FORWARDS
+            and "bias" in module._parameters
+            and weight.meta["module"].split(".parametrizations")[0] == module_path
+        )

@@ -1,0 +1,224 @@
+"""The plan: what the surgery will do, as plain data, computed whole before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from compress.graph.channels import ChannelGraph
+from compress.graph.labels import Field, Labels
+from compress.rules.registry import Call
+from compress.speedup.decide import Decision
+from compress.speedup.knowledge import Knowledge
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What is kept of one parameter or buffer.
+
+    ``keep`` holds the kept positions of each axis, in order (None: all). ``gather``, where each row
+    keeps other positions (grouped convolutions): the axis, and the positions (rows kept, n).
+    """
+
+    keep: tuple[np.ndarray | None, ...]
+    gather: tuple[int, np.ndarray] | None = None
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The kept part of a tensor of the parameter's shape (a mask, a gradient, a momentum)."""
+        for axis, keep in enumerate(self.keep):
+            if keep is not None:
+                tensor = tensor.index_select(axis, torch.from_numpy(keep).to(tensor.device))
+        if self.gather is not None:
+            axis, positions = self.gather
+            index = torch.from_numpy(positions).to(tensor.device)
+            index = index.reshape(*index.shape, *[1] * (tensor.dim() - 2))
+            shape = list(tensor.shape)
+            shape[axis] = index.shape[axis]
+            tensor = tensor.gather(axis, index.expand(shape))
+        return tensor
+
+    def shape(self, before: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that is left."""
+        after = [b if k is None else len(k) for b, k in zip(before, self.keep, strict=True)]
+        if self.gather is not None:
+            after[self.gather[0]] = self.gather[1].shape[self.gather[0]]
+        return tuple(after)
+
+
+@dataclass(frozen=True)
+class Carry:
+    """Add to a weight's position ``target`` of ``axis`` its positions ``sources`` times ``ratios``.
+
+    Positions count in the weight as it was. Exact where the channels are known constants in these
+    ratios.
+    """
+
+    axis: int
+    target: int
+    sources: np.ndarray
+    ratios: np.ndarray
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute of a module (``groups``, ``num_features``) that takes a new value."""
+
+    module: str
+    name: str
+    old: int
+    new: int
+
+
+@dataclass
+class Plan:
+    """Everything the surgery does, by parameter path.
+
+    ``slices``: what is kept. ``biases``: what is added to a bias (positions as they were; the bias
+    is made where there is none). ``carries``: constants moved within a weight. ``attributes``:
+    sizes set on modules.
+    """
+
+    slices: dict[str, Slice] = field(default_factory=dict)
+    biases: dict[str, np.ndarray] = field(default_factory=dict)
+    carries: dict[str, list[Carry]] = field(default_factory=dict)
+    attributes: list[Attribute] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.slices or self.biases or self.carries or self.attributes)
+
+
+class PlanBuilder:
+    """Collects the plan; rules add to it what their calls need."""
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+        self.knowledge: Knowledge = decision.knowledge
+        self.graph: ChannelGraph = decision.graph
+        self.plan = Plan()
+        self.unset: list[fx.Node] = []
+        for path, node in self.graph.trace.leaves.items():
+            self._slice(path, node)
+        if self.plan.slices:
+            for step in self.graph.steps:
+                step.rule.rewrite(step.call, self)
+            self._set_module_sizes()
+
+    def kept(self, labels: Labels) -> np.ndarray:
+        return self.decision.kept(labels)
+
+    # -- slices ----------------------------------------------------------------------------
+
+    def _slice(self, path: str, node: fx.Node) -> None:
+        keep: list[np.ndarray | None] = []
+        for labels in self.graph.axes[node]:
+            kept = None if labels is None else self.kept(labels)
+            keep.append(None if kept is None or kept.all() else np.flatnonzero(kept))
+        gather = None
+        for each in self.graph.space.fields.get(path, [])[:1]:
+            gather = self._gather(each, keep)
+        if gather is not None or any(k is not None for k in keep):
+            self.plan.slices[path] = Slice(tuple(keep), gather)
+
+    def _gather(self, each: Field, keep: list[np.ndarray | None]) -> tuple[int, np.ndarray] | None:
+        """The positions along the field's axis that each kept row (or column) keeps."""
+        kept = self.kept(each.labels.reshape(each.labels.shape[:2]))
+        other = 1 - each.axis
+        if other == 1:
+            kept = kept.T
+        rows = keep[other]
+        kept = kept if rows is None else kept[rows]
+        if kept.all():
+            return None
+        positions = np.stack([np.flatnonzero(row) for row in kept])
+        return each.axis, positions if other == 0 else np.ascontiguousarray(positions.T)
+
+    # -- what rules ask for ----------------------------------------------------------------
+
+    def add_to_bias(
+        self, call: Call, weight: fx.Node, bias: fx.Node | None, weight_out: int, shift: np.ndarray
+    ) -> None:
+        """Add ``shift`` (out,) to the bias of a call; without one, its module gets one."""
+        if bias is not None:
+            path = str(bias.target)
+        else:
+            path = f"{call.module}.bias" if call.module else "bias"
+            labels = self.graph.axes[call.node][1 if weight.meta["shape"][2:] else -1]
+            labels = self.graph.axes[weight][weight_out] if labels is None else labels
+            kept = None if labels is None else self.kept(labels)
+            if kept is not None and not kept.all():
+                self.plan.slices[path] = Slice((np.flatnonzero(kept),))
+        self.plan.biases[path] = self.plan.biases.get(path, 0.0) + shift
+
+    def carry(
+        self, call: Call, weight: fx.Node, axis: int, labels: Labels, constants: np.ndarray,
+        gone: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Let one kept constant channel stand for those that are gone."""
+        target = self.decision.carrier(labels, constants, gone)
+        assert target is not None, f"no carrier for {call.node}"
+        sources = np.flatnonzero(gone)
+        ratios = constants[sources] / constants[target]
+        carries = self.plan.carries.setdefault(str(weight.target), [])
+        carries.append(Carry(axis, target, sources, ratios))
+
+    def set_size(self, call: Call, name: str, old: int, new: int) -> None:
+        """Set the attribute ``name`` of the module that a call ran in."""
+        if old == new:
+            return
+        module = self.graph.model.get_submodule(call.module)
+        if getattr(module, name, None) != old:
+            self.unset.append(call.node)  # a number in the user's code
+            return
+        attribute = Attribute(call.module, name, old, new)
+        if attribute not in self.plan.attributes:
+            self.plan.attributes.append(attribute)
+
+    # -- the sizes that torch's own modules show -------------------------------------------
+
+    def _set_module_sizes(self) -> None:
+        touched = {path.rpartition(".")[0] for path in self.plan.slices}
+        for path in sorted(p.split(".parametrizations")[0] for p in touched):
+            module = self.graph.model.get_submodule(path)
+            for name, new in self._sizes(path, module):
+                old = getattr(module, name)
+                attribute = Attribute(path, name, old, new)
+                if old != new and attribute not in self.plan.attributes:
+                    self.plan.attributes.append(attribute)
+
+    def _sizes(self, path: str, module: nn.Module) -> list[tuple[str, int]]:
+        prefix = f"{path}." if path else ""
+        shapes = {
+            name: self.plan.slices[prefix + name].shape(tensor.shape)
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and prefix + name in self.plan.slices
+        }
+        weight = shapes.get("weight")
+        groups = {a.name: a.new for a in self.plan.attributes if a.module == path}.get("groups")
+        return module_sizes(module, weight, shapes, groups)
+
+
+def module_sizes(
+    module: nn.Module,
+    weight: tuple[int, ...] | None,
+    shapes: dict[str, tuple[int, ...]],
+    groups: int | None,
+) -> list[tuple[str, int]]:
+    """The size attributes of a torch module whose tensors take new shapes."""
+    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
+        near, far = weight[0], weight[1] * (groups or module.groups)
+        names = ("in_channels", "out_channels")
+        return list(zip(names, (near, far) if module.transposed else (far, near), strict=True))
+    if isinstance(module, nn.Linear) and weight is not None:
+        return [("in_features", weight[1]), ("out_features", weight[0])]
+    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and shapes:
+        name = "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"
+        return [(name, next(iter(shapes.values()))[0])]
+    if isinstance(module, nn.Embedding) and weight is not None:
+        return [("num_embeddings", weight[0]), ("embedding_dim", weight[1])]
+    if isinstance(module, nn.PReLU) and weight is not None:
+        return [("num_parameters", weight[0])]
+    return []

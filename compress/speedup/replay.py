@@ -1,0 +1,112 @@
+"""Run the shrunk model once more on the recorder: does its own code count as the plan expects?
+
+A forward may take sizes from its inputs (they follow), from attributes (they are set) or from
+literals in the source (the channels they count must stay). The re-run tells which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from compress.graph.channels import ChannelGraph
+from compress.graph.trace import Recorder, run_recorded
+from compress.rules.registry import rule_for
+from compress.speedup.decide import Decision
+from compress.speedup.plan import Attribute
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first call (the ``index``-th) at which the re-run leaves the plan, and how."""
+
+    node: fx.Node
+    index: int
+    got: str
+
+
+def expected_shape(decision: Decision, node: fx.Node) -> Any:
+    """The shape of a node's output (or of each of several) once the plan is carried out."""
+
+    def one(axes: Any, shape: Any) -> Any:
+        if shape is None:
+            return None
+        pairs = zip(axes, shape, strict=True)
+        return tuple(s if a is None else int(decision.kept(a).sum()) for a, s in pairs)
+
+    axes, shape = decision.graph.axes[node], node.meta["shape"]
+    if shape and not isinstance(shape[0], int):
+        return tuple(one(a, s) for a, s in zip(axes, shape, strict=True))
+    return one(axes, shape)
+
+
+def needs_replay(decision: Decision) -> bool:
+    """Whether any size that the plan changes was counted, or given, by the model's own code."""
+    graph = decision.graph
+
+    def changes(node: fx.Node) -> bool:
+        return bool(expected_shape(decision, node) != node.meta["shape"])
+
+    if any(changes(node) for node, _ in graph.trace.size_reads):
+        return True
+    sized = (s.call.node for s in graph.steps if s.rule.sized(s.call))
+    return any(changes(node) or any(map(changes, node.all_input_nodes)) for node in sized)
+
+
+def replay(model: nn.Module, dummy_input: Any, decision: Decision) -> Mismatch | None:
+    """Record the shrunk model and hold it against the plan, call by call."""
+    graph = decision.graph
+    recorder, error = Recorder(), ""
+    try:
+        run_recorded(model, dummy_input, graph.trace.on_meta, graph.trace.training, recorder)
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}".splitlines()[0]
+    calls = [n for n in graph.trace.nodes if n.op == "call_function"]
+    again = [n for n in recorder.graph.nodes if n.op == "call_function"]
+    for index, (before, after) in enumerate(zip(calls, again, strict=False)):
+        got = _difference(decision, before, after)
+        if got:
+            return Mismatch(before, index, got)
+    if error or len(again) != len(calls):
+        index = min(len(again), len(calls) - 1)
+        return Mismatch(calls[index], index, error or "it takes another path")
+    return None
+
+
+def _difference(decision: Decision, before: fx.Node, after: fx.Node) -> str:
+    if before.meta["name"] != after.meta["name"]:
+        return f"it calls {after.meta['name']} instead of {before.meta['name']}"
+    expected, got = expected_shape(decision, before), after.meta["shape"]
+    if expected != got:
+        return f"{before.meta['name']} gives {got} instead of {expected}"
+    if rule_for(before.meta["name"]).positional and _numbers(before) != _numbers(after):
+        return f"{before.meta['name']} computes with another number"
+    return ""
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    return [v for v in tree_leaves((node.args, node.kwargs)) if isinstance(v, (int, float))]
+
+
+def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) -> list[Attribute]:
+    """Integer attributes of the module a call ran in that hold a size which the plan changes."""
+    changed: dict[int, int] = {}
+    for each in (node, *node.all_input_nodes):
+        sizes = np.atleast_1d(_flat(each.meta["shape"]))
+        for old, new in zip(sizes, np.atleast_1d(_flat(expected_shape(decision, each))), strict=True):
+            if old != new:
+                changed[int(old)] = int(new)
+    module = graph.model.get_submodule(node.meta["module"])
+    return [
+        Attribute(node.meta["module"], name, value, changed[value])
+        for name, value in vars(module).items()
+        if type(value) is int and value in changed and not name.startswith("_")
+    ]
+
+
+def _flat(shape: Any) -> list[int]:
+    return [s for s in tree_leaves(shape) if s is not None]

@@ -1,0 +1,124 @@
+"""What a speedup removed, what stayed, and why: data first, a table on demand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from compress.speedup.decide import Decision
+from compress.speedup.plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's output units (channels, features).
+
+    ``masked`` units have all their weights masked; ``removed`` are gone; ``kept`` maps the reason
+    why a masked unit is still there to how many there are.
+    """
+
+    layer: str
+    units: int
+    masked: int
+    removed: int
+    kept: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a speedup.
+
+    ``parameters_before`` and ``parameters_after`` count elements of parameters.
+    ``relative_error`` is max |small - masked| / max |masked| on the dummy input; None: not checked.
+    """
+
+    layers: tuple[LayerReport, ...]
+    parameters_before: int
+    parameters_after: int
+    relative_error: float | None
+    constants_folded: tuple[str, ...] = ()
+    constants_carried: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        table = Table(title="speedup", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for name in ("units", "masked", "removed"):
+            table.add_column(name, justify="right")
+        table.add_column("masked, but kept: why", overflow="fold")
+        for layer in self.layers:
+            reasons = "; ".join(f"{count}: it {reason}" for reason, count in layer.kept.items())
+            numbers = (str(n) for n in (layer.units, layer.masked, layer.removed))
+            table.add_row(layer.layer, *numbers, reasons)
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get() + self.summary()
+
+    def summary(self) -> str:
+        """Parameters before and after, and how exact the result is, in one line."""
+        left = self.parameters_after / max(self.parameters_before, 1)
+        checked = (
+            "not verified"
+            if self.relative_error is None
+            else f"largest difference to the masked model {self.relative_error:.1e}"
+        )
+        return (
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters "
+            f"({left:.1%} left), {checked}"
+        )
+
+
+def make_report(
+    decision: Decision,
+    plan: Plan,
+    masks: Mapping[str, torch.Tensor],
+    before: Mapping[str, tuple[int, ...]],
+    relative_error: float | None,
+) -> Report:
+    """Put the report together from the decision and the plan."""
+    graph = decision.graph
+    layers: dict[str, LayerReport] = {}
+    for path, axis in graph.output_axes.items():
+        node = graph.trace.leaves[path]
+        labels = graph.axes[node][axis]
+        units = node.meta["shape"][axis] if labels is None else len(labels)
+        masked = _masked_units(masks.get(path), axis, units)
+        gone = np.zeros(units, bool) if labels is None else ~decision.kept(labels)
+        if masked.any() or gone.any():
+            stayed = np.flatnonzero(masked & ~gone)
+            why = Counter(
+                "cannot shrink" if labels is None else decision.reason(int(labels[i])) or ""
+                for i in stayed
+            )
+            layer = path.rpartition(".")[0]
+            layers[path] = LayerReport(layer, units, int(masked.sum()), int(gone.sum()), dict(why))
+    parameters = {p for p, n in graph.trace.leaves.items() if n.meta["name"] == "parameter"}
+    removed = sum(
+        prod(before[path]) - prod(cut.shape(before[path]))
+        for path, cut in plan.slices.items()
+        if path in parameters
+    )
+    total = sum(p.numel() for p in graph.model.parameters()) + removed
+    added = sum(len(b) for p, b in plan.biases.items() if p not in before)
+    return Report(
+        layers=tuple(layers.values()),
+        parameters_before=total - added,
+        parameters_after=total - removed,
+        relative_error=relative_error,
+        constants_folded=tuple(sorted(plan.biases)),
+        constants_carried=tuple(sorted(plan.carries)),
+    )
+
+
+def _masked_units(mask: torch.Tensor | None, axis: int, units: int) -> np.ndarray:
+    if mask is None:
+        return np.zeros(units, bool)
+    rows = mask.movedim(axis, 0).reshape(mask.shape[axis], -1).any(1).cpu().numpy()
+    return ~rows if len(rows) == units else np.zeros(units, bool)  # type: ignore[no-any-return]

@@ -1,0 +1,222 @@
+"""``ModelSpeedup``: make a masked model physically small."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.errors import SpeedupError, VerificationError
+from compress.graph.channels import ChannelGraph, location
+from compress.graph.trace import leaves_of
+from compress.masks import Masks, suspend_masks
+from compress.speedup.decide import Decision, Limits
+from compress.speedup.knowledge import Knowledge
+from compress.speedup.plan import Attribute, Plan, PlanBuilder
+from compress.speedup.replay import Mismatch, matching_attributes, needs_replay, replay
+from compress.speedup.report import Report, make_report
+from compress.speedup.surgery import apply_plan
+from compress.speedup.verify import largest_error, outputs_of, tolerance_for
+
+MaskSource = Masks | Mapping[str, Mapping[str, torch.Tensor]] | str | os.PathLike[str]
+
+
+class ModelSpeedup:
+    """Shrink a model to what its masks leave, so that it computes the same.
+
+    Args:
+        model: the masked or the plain model. ``speedup_model`` shrinks it in place.
+        dummy_input: what the model takes: a tensor, a tuple of arguments or a dict of keyword
+            arguments, on the model's device. Any batch size; only shapes matter.
+        masks_or_file: ``Masks``, a nested dict ``{module: {parameter: 0/1 tensor}}``, or the path
+            of a file that ``Masks.save`` wrote. Masks already on the model count as well.
+        map_location: the device to load a mask file to, as in ``torch.load``.
+        verify: run the masked and the small model on ``dummy_input`` and compare (two forwards).
+        constants: what to do with a removed channel that is a constant other than 0 (BatchNorm's
+            shift, say). ``"exact"`` moves it into the next bias, or lets one channel stay to carry
+            it where zero padding makes that inexact. ``"fold"`` moves it into the bias even so;
+            ``"drop"`` drops it, as other tools do. The report says how far off the last two are.
+        round_to: keep a multiple of so many channels in each layer.
+        min_channels: keep at least so many channels in each layer.
+
+    After ``speedup_model``: ``report`` (what was removed, what stayed and why), ``plan`` (what was
+    done to which parameter), ``masks`` (the masks of what is left, to go on training with).
+
+    Errors: ``MaskError`` for masks that do not fit the model, ``TraceError`` where the model does
+    not run on ``dummy_input``, ``VerificationError`` where the small model would differ. In each
+    case the model is as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dummy_input: Any,
+        masks_or_file: MaskSource,
+        map_location: Any = None,
+        *,
+        verify: bool = True,
+        constants: str = "exact",
+        round_to: int = 1,
+        min_channels: int = 1,
+    ) -> None:
+        _check_arguments(model, constants, round_to, min_channels)
+        self.model = model
+        self.dummy_input = dummy_input
+        self.verify = verify
+        self.constants = constants
+        self.limits = Limits(round_to, min_channels)
+        self._given = Masks.coerce(masks_or_file, map_location)
+        self._given.validate(model)
+        self._plan: Plan | None = None
+        self._report: Report | None = None
+        self._masks: Masks | None = None
+
+    @property
+    def report(self) -> Report:
+        """What was removed and what stayed, layer by layer."""
+        return _done(self._report, "report")
+
+    @property
+    def plan(self) -> Plan:
+        """What was done to which parameter."""
+        return _done(self._plan, "plan")
+
+    @property
+    def masks(self) -> Masks:
+        """The masks of what is left, shaped like the small model's parameters."""
+        return _done(self._masks, "masks")
+
+    def speedup_model(self) -> nn.Module:
+        """Shrink the model in place and return it."""
+        if self._report is not None:
+            raise SpeedupError("this model has been sped up; make a new ModelSpeedup to go on")
+        suspended = suspend_masks(self.model)
+        try:
+            self._shrink(suspended.masks & self._given)
+        except BaseException:
+            suspended.restore()
+            raise
+        return self.model
+
+    # -- the road --------------------------------------------------------------------------
+
+    def _shrink(self, masks: Masks) -> None:
+        graph = ChannelGraph(self.model, self.dummy_input)
+        flat = self._by_leaf(masks)
+        before = {path: tuple(t.shape) for path, t, _ in leaves_of(self.model)}
+        expected = self._masked_outputs(flat)
+        undo, decision, plan = self._cut(graph, flat)
+        try:
+            error = self._check(expected)
+            self._masks = _remaining(masks, plan, self.model, before)
+            self._report = make_report(decision, plan, flat, before, error)
+            self._plan = plan
+        except BaseException:
+            undo()
+            raise
+
+    def _by_leaf(self, masks: Masks) -> dict[str, torch.Tensor]:
+        """Masks by the first path of their parameter: a tied one has several names."""
+        first = {id(tensor): path for path, tensor, _ in leaves_of(self.model)}
+        every = dict(self.model.named_parameters(remove_duplicate=False))
+        result: dict[str, torch.Tensor] = {}
+        for name, mask in masks.flat().items():
+            path = first[id(every[name])]
+            mask = mask.to(every[name].device)
+            result[path] = mask & result[path] if path in result else mask
+        return result
+
+    def _masked_outputs(self, flat: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
+        if not self.verify:
+            return None
+        undo = apply_plan(self.model, Plan(), flat)
+        try:
+            return outputs_of(self.model, self.dummy_input)
+        finally:
+            undo()
+
+    def _cut(
+        self, graph: ChannelGraph, flat: dict[str, torch.Tensor]
+    ) -> tuple[Callable[[], None], Decision, Plan]:
+        """Decide, plan and cut; where the model's own code cannot follow, pin and begin again."""
+        knowledge = Knowledge(graph, flat, self.constants)
+        tried: list[Attribute] = []
+        last: Mismatch | None = None
+        while True:
+            decision = Decision(knowledge, self.limits)
+            builder = PlanBuilder(decision)
+            if builder.unset:
+                for node in builder.unset:
+                    graph.pin(node, "has its size as a number in the code")
+                continue
+            builder.plan.attributes += [a for a in tried if a not in builder.plan.attributes]
+            undo = apply_plan(self.model, builder.plan, flat)
+            if not needs_replay(decision):
+                return undo, decision, builder.plan
+            mismatch = replay(self.model, self.dummy_input, decision)
+            if mismatch is None:
+                return undo, decision, builder.plan
+            undo()
+            new = [a for a in matching_attributes(graph, decision, mismatch.node) if a not in tried]
+            stuck = last is not None and mismatch.index <= last.index
+            if new and not stuck:
+                tried, last = tried + new, mismatch
+                continue
+            tried, last = [], None
+            graph.pin(mismatch.node, f"has its size as a number in the code ({mismatch.got})")
+
+    def _check(self, expected: list[torch.Tensor] | None) -> float | None:
+        if expected is None:
+            return None
+        try:
+            got = outputs_of(self.model, self.dummy_input)
+        except Exception as error:
+            raise VerificationError(
+                f"the small model does not run: {type(error).__name__}: {error}. The model is as "
+                "it was. Please report this, with the model."
+            ) from error
+        error = largest_error(expected, got)
+        tolerance = tolerance_for(expected)
+        if error > tolerance and self.constants == "exact":
+            raise VerificationError(
+                f"the small model differs from the masked one by {error:.1e} of its largest output "
+                f"(allowed: {tolerance:.0e}). The model is as it was. Does it draw random numbers "
+                "in eval mode, or change its own state? verify=False skips this check."
+            )
+        return error
+
+
+def _check_arguments(model: Any, constants: str, round_to: int, min_channels: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise SpeedupError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    if constants not in ("exact", "fold", "drop"):
+        raise SpeedupError(f'constants is {constants!r}; pass "exact", "fold" or "drop"')
+    for name, value in (("round_to", round_to), ("min_channels", min_channels)):
+        if type(value) is not int or value < 1:
+            raise SpeedupError(f"{name} is {value!r}; pass a whole number from 1")
+
+
+def _done(value: Any, name: str) -> Any:
+    if value is None:
+        raise SpeedupError(f"there is no {name} yet: call speedup_model() first")
+    return value
+
+
+def _remaining(masks: Masks, plan: Plan, model: nn.Module, before: dict[str, Any]) -> Masks:
+    """The masks of the parameters that are left; what is no longer masked anywhere is left out."""
+    paths = {id(tensor): path for path, tensor, _ in leaves_of(model)}
+    entries: dict[str, dict[str, torch.Tensor]] = {}
+    for module, parameters in masks.items():
+        owner = model.get_submodule(module)
+        for name, mask in parameters.items():
+            cut = plan.slices.get(paths[id(owner._parameters[name])])
+            left = mask if cut is None else cut(mask)
+            if not bool(left.all()):
+                entries.setdefault(module, {})[name] = left
+    return Masks(entries)
+
+
+__all__ = ["ModelSpeedup", "location"]

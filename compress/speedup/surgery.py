@@ -1,0 +1,126 @@
+"""Apply a plan to a model in one step, and undo it.
+
+The user's Parameter objects stay (tied ones stay tied, an optimizer keeps its references); they get
+new data. Undoing gives the old data back, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from compress.speedup.plan import Attribute, Carry, Plan, Slice
+
+
+def new_tensor(
+    path: str, tensor: torch.Tensor, plan: Plan, masks: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """What becomes of one parameter or buffer: masked, its constants moved, sliced."""
+    cut = plan.slices.get(path) or Slice((None,) * tensor.dim())
+    mask = masks.get(path)
+    result = cut(tensor)
+    if mask is not None:
+        result = torch.where(cut(mask.to(tensor.device)), result, 0)
+    for carry in plan.carries.get(path, ()):
+        result = _carried(result, tensor, mask, cut, carry)
+    if path in plan.biases:
+        shift = torch.from_numpy(plan.biases[path]).to(tensor.device)
+        result = (result.double() + cut(shift)).to(tensor.dtype)
+    if _is_channels_last(tensor):
+        result = result.contiguous(memory_format=torch.channels_last)
+    return result
+
+
+def _carried(
+    result: torch.Tensor, tensor: torch.Tensor, mask: torch.Tensor | None, cut: Slice, carry: Carry
+) -> torch.Tensor:
+    sources = torch.from_numpy(carry.sources).to(tensor.device)
+    part = tensor.index_select(carry.axis, sources).double()
+    if mask is not None:
+        part = torch.where(mask.to(tensor.device).index_select(carry.axis, sources), part, 0)
+    shape = [1] * tensor.dim()
+    shape[carry.axis] = -1
+    part = (part * torch.from_numpy(carry.ratios).to(tensor.device).reshape(shape)).sum(
+        carry.axis, keepdim=True
+    )
+    keep = list(cut.keep)
+    kept_here = keep[carry.axis]
+    target = carry.target if kept_here is None else int(kept_here.searchsorted(carry.target))
+    keep[carry.axis] = None
+    part = Slice(tuple(keep))(part)
+    result = result.clone()
+    place = result.narrow(carry.axis, target, 1)
+    place.copy_((place.double() + part).to(result.dtype))
+    return result
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def apply_plan(
+    model: nn.Module, plan: Plan, masks: Mapping[str, torch.Tensor]
+) -> Callable[[], None]:
+    """Shrink the model in place; returns the function that undoes it."""
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    undo: list[Callable[[], None]] = []
+
+    def undo_all() -> None:
+        for step in reversed(undo):
+            step()
+
+    try:
+        with torch.no_grad():
+            for path in plan.biases.keys() - tensors.keys():
+                undo.append(_add_bias(model, path, plan))
+            for path in {**plan.slices, **plan.carries, **plan.biases, **masks}:
+                if path in tensors:
+                    undo.append(_replace(tensors[path], path, plan, masks))
+            for attribute in plan.attributes:
+                undo.append(_set_attribute(model, attribute))
+    except BaseException:
+        undo_all()
+        raise
+    return undo_all
+
+
+def _replace(
+    tensor: torch.Tensor, path: str, plan: Plan, masks: Mapping[str, torch.Tensor]
+) -> Callable[[], None]:
+    data, grad = tensor.data, tensor.grad
+    new = new_tensor(path, data, plan, masks)
+    cut = plan.slices.get(path)
+
+    def put(data: torch.Tensor, grad: torch.Tensor | None) -> None:
+        tensor.grad = None
+        tensor.data = data
+        tensor.grad = grad
+
+    put(new, grad if grad is None or cut is None else cut(grad))
+    return lambda: put(data, grad)
+
+
+def _add_bias(model: nn.Module, path: str, plan: Plan) -> Callable[[], None]:
+    module = model.get_submodule(path.rpartition(".")[0])
+    weight = next(p for p in module.parameters(recurse=False))
+    shift = torch.from_numpy(plan.biases[path])
+    cut = plan.slices.get(path)
+    value = (shift if cut is None else cut(shift)).to(weight.device, weight.dtype)
+    module._parameters["bias"] = nn.Parameter(value, requires_grad=weight.requires_grad)
+
+    def undo() -> None:
+        module._parameters["bias"] = None
+
+    return undo
+
+
+def _set_attribute(model: nn.Module, attribute: Attribute) -> Callable[[], None]:
+    module = model.get_submodule(attribute.module)
+    setattr(module, attribute.name, attribute.new)
+    return lambda: setattr(module, attribute.name, attribute.old)
