@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from compress.masks import Masks
 from compress.measure import (
@@ -83,6 +84,15 @@ def test_flops_count_what_no_module_holds():
             return F.linear(x, self.weight)
 
     assert summarize(Functional(), torch.rand(2, 7)).flops == 2 * 2 * 5 * 7
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "vit_b_16"])
+def test_flops_are_those_of_torch(name):
+    model = torchvision.models.get_model(name, weights=None).to("meta").eval()
+    x = torch.rand(1, 3, 224, 224, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    assert summarize(model, x).flops == counter.get_total_flops() > 0
 
 
 def test_trainable_leaves_out_frozen_parameters():

@@ -19,7 +19,8 @@ import torch
 import torchinfo
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from torchinfo.torchinfo import clear_cached_forward_pass
 
 from compress.masks import suspend_masks
@@ -56,7 +57,7 @@ def summarize(model: nn.Module, dummy_input: Any) -> ModelSummary:
     Raises RuntimeError, from the model's own exception, when the model cannot run on this input.
     """
     runner = _Runner(model, dummy_input)
-    counter = FlopCounterMode(display=False)
+    counter = _FlopCounter()
     try:
         # torchinfo reads names and classes: it would take a parametrised weight for an RNN's.
         with suspend_masks(model), evaluating(model, dummy_input), counter:
@@ -74,7 +75,7 @@ def summarize(model: nn.Module, dummy_input: Any) -> ModelSummary:
         parameters_total=counted.total_params,
         parameters_trainable=counted.trainable_params,
         mult_adds=counted.total_mult_adds,
-        flops=counter.get_total_flops(),
+        flops=counter.flops,
         input_mb=counted.total_input / 1e6,
         forward_backward_mb=counted.total_output_bytes / 1e6,
         parameters_mb=counted.total_param_bytes / 1e6,
@@ -86,6 +87,26 @@ def model_size_mb(model: nn.Module) -> float:
     with suspend_masks(model):
         tensors = [*model.parameters(), *model.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
+
+
+class _FlopCounter(TorchDispatchMode):
+    """torch's FLOP formulas, without the module tracker of ``FlopCounterMode``.
+
+    The tracker fails on weight norms without gradients (torch 2.4), and only the sum is wanted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=result)
+        return result
 
 
 class _Runner(nn.Module):
