@@ -112,7 +112,7 @@ class Pruner(ABC):
 
     @abstractmethod
     def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
-        """The masks of a layer's parameters, by name, if the units ``keep`` stay: bool ``(units,)``."""
+        """The masks of a layer, by parameter, where the units ``keep``, bool ``(units,)``, stay."""
 
     @property
     def masks(self) -> Masks:

@@ -1,0 +1,409 @@
+"""The one-shot pruners, from config_list to a model that computes with masks."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compress.errors import CompressError, ConfigError, MaskError
+from compress.masks import Masks, applied_masks, suspend_masks
+from compress.pruners import (
+    FPGMPruner,
+    L1FilterPruner,
+    L2FilterPruner,
+    LevelPruner,
+    Pruner,
+    RandomFilterPruner,
+)
+
+HALF = [{"sparsity": 0.5, "op_types": ["default"]}]
+FILTER_PRUNERS = (L1FilterPruner, L2FilterPruner, FPGMPruner, RandomFilterPruner)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 4, 2, groups=2),
+        nn.Flatten(),
+        nn.Linear(4 * 49, 5),
+    )
+
+
+def linear(*rows: list[float]) -> nn.Linear:
+    """A layer with these filters and a bias of ones."""
+    layer = nn.Linear(len(rows[0]), len(rows))
+    layer.weight.data = torch.tensor(rows)
+    layer.bias.data = torch.ones(len(rows))
+    return layer
+
+
+def kept(masks: Masks, layer: str = "") -> list[int]:
+    """Which filters of a layer of one kind stay, as the mask of the bias says."""
+    return masks[layer]["bias"].int().tolist()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert list(left) == list(right)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+# --- golden masks
+
+
+@pytest.mark.parametrize(
+    ("pruner", "rows", "expected"),
+    [
+        (L1FilterPruner, [[3.0, 3.0], [0.0, 5.0], [1.0, 1.0], [0.0, 0.0]], [1, 1, 0, 0]),
+        (L2FilterPruner, [[3.0, 3.0], [0.0, 5.0], [1.0, 1.0], [4.0, 2.0]], [0, 1, 0, 1]),
+        # Duplicates are replaceable, however large; the small one is not.
+        (FPGMPruner, [[0.0, 1.0], [9.0, 9.0], [9.0, 9.0], [-9.0, 9.0]], [1, 0, 0, 1]),
+        (L1FilterPruner, [[1.0], [1.0], [1.0], [1.0], [1.0]], [0, 0, 1, 1, 1]),
+        (L1FilterPruner, [[0.0], [0.0]], [0, 1]),
+        (L1FilterPruner, [[2.0]], [1]),
+    ],
+)
+def test_golden(pruner: type[Pruner], rows: list[list[float]], expected: list[int]) -> None:
+    model = linear(*rows)
+    _, masks = pruner(model, HALF).compress()
+    assert kept(masks) == expected
+    assert masks[""]["weight"].int().tolist() == [[k] * len(rows[0]) for k in expected]
+    assert model(torch.ones(1, len(rows[0])))[0].ne(0).tolist() == [bool(k) for k in expected]
+
+
+def test_level_golden_leaves_the_bias() -> None:
+    model = linear([1.0, -2.0], [3.0, -1.0])
+    _, masks = LevelPruner(model, HALF).compress()
+    assert masks == Masks({"": {"weight": torch.tensor([[0, 1], [1, 0]])}})
+
+
+def test_level_supports_embeddings_and_filters_do_not() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
+    assert LevelPruner(model, HALF).calc_masks().sparsity_per_layer == {"0": 0.5, "1": 0.5}
+    assert list(L1FilterPruner(model, HALF).calc_masks()) == ["1"]
+    with pytest.raises(ConfigError, match=r"masks whole filters of Conv1d.*Embedding '0' has none"):
+        L1FilterPruner(model, [{"sparsity": 0.5, "op_names": ["0"]}])
+
+
+@pytest.mark.parametrize("pruner", FILTER_PRUNERS)
+def test_every_kind_of_layer_loses_half_of_its_outputs(pruner: type[Pruner]) -> None:
+    model = net()
+    _, masks = pruner(model, HALF).compress()
+    assert [int(masks[name]["bias"].sum()) for name in masks] == [3, 2, 3]
+    silent = model[3](torch.rand(2, 6, 6, 6)).abs().sum((0, 2, 3)) == 0
+    assert torch.equal(~silent, masks["3"]["bias"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 99), st.integers(1, 4))
+def test_counts_are_exact(units: int, percent: int, min_channels: int) -> None:
+    model = nn.Linear(2, units)
+    config_list = [{"sparsity": percent / 100, "op_types": ["Linear"]}]
+    masks = L1FilterPruner(model, config_list, min_channels=min_channels).calc_masks()
+    assert sum(kept(masks)) == max(units - units * percent // 100, min(min_channels, units))
+
+
+def test_round_to() -> None:
+    masks = L1FilterPruner(nn.Linear(2, 20), HALF, round_to=8).calc_masks()
+    assert sum(kept(masks)) == 16
+
+
+# --- modes
+
+
+def test_global_ranks_all_layers_together() -> None:
+    model = nn.Sequential(linear([1.0], [2.0], [3.0]), linear([9.0, 9.0, 9.0], [8.0, 8.0, 8.0]))
+    config_list = [{"total_sparsity": 2 / 9, "op_types": ["Linear"]}]
+    masks = L1FilterPruner(model, config_list, mode="global").calc_masks()
+    assert kept(masks, "0") == [0, 0, 1]
+    assert kept(masks, "1") == [1, 1]
+    config_list[0]["max_sparsity_per_layer"] = {"0": 0.4}
+    with pytest.raises(ConfigError, match=r"total_sparsity 0\.9 .*: at most 0\.4444 can be masked"):
+        L1FilterPruner(
+            model, [{**config_list[0], "total_sparsity": 0.9}], mode="global"
+        ).calc_masks()
+
+
+def test_global_level_is_exact_and_mixes_with_per_layer_entries() -> None:
+    model = net()
+    config_list: list[dict[str, Any]] = [
+        {"total_sparsity": 0.4, "op_types": ["default"]},
+        {"sparsity": 0.9, "op_types": ["Linear"]},
+    ]
+    masks = LevelPruner(model, config_list, mode="global").calc_masks()
+    convs = Masks({"0": masks["0"], "3": masks["3"]})
+    total = model[0].weight.numel() + model[3].weight.numel()
+    assert convs.sparsity == pytest.approx(0.4, abs=0.5 / total)
+    assert masks.sparsity_per_layer["5"] == 882 / 980
+
+
+@pytest.mark.parametrize(
+    ("options", "config_list", "expected"),
+    [
+        ({"mode": "local"}, HALF, "mode: got 'local'; L1FilterPruner has normal, global, depend"),
+        ({"mode": "global"}, HALF, "no entry of the config_list that selects a layer has one"),
+        (
+            {},
+            [{"total_sparsity": 0.5, "op_types": ["default"]}],
+            "config_list[0]: total_sparsity is one ranking over several layers",
+        ),
+        ({"dependency_aware": True}, HALF, "dummy_input: got None; mode 'dependency_aware' runs"),
+        ({"mode": "global", "dependency_aware": True}, HALF, "choose one"),
+        ({"round_to": 0}, HALF, "round_to: got 0; expected a whole number ≥ 1"),
+        ({"min_channels": 1.5}, HALF, "min_channels: got 1.5; expected a whole number ≥ 1"),
+        ({"round_to": True}, HALF, "round_to: got True"),
+    ],
+)
+def test_wrong_arguments(
+    options: dict[str, Any], config_list: list[dict[str, Any]], expected: str
+) -> None:
+    model = net()
+    with pytest.raises(ConfigError) as caught:
+        L1FilterPruner(model, config_list, **options)
+    assert expected in str(caught.value)
+    assert not parametrize.is_parametrized(model[0])
+
+
+def test_no_model() -> None:
+    with pytest.raises(ConfigError, match=r"model: got int; expected a torch\.nn\.Module"):
+        L1FilterPruner(3, HALF)  # type: ignore[arg-type]
+
+
+# --- the life of a masked model
+
+
+@pytest.mark.parametrize("pruner", [*FILTER_PRUNERS, LevelPruner])
+def test_nothing_is_touched_until_compress(pruner: type[Pruner]) -> None:
+    model = net()
+    before, rng = state(model), torch.get_rng_state()
+    one = pruner(model, HALF)
+    planned = one.calc_masks()
+    assert_same(model.state_dict(), before)
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    with pytest.raises(CompressError, match=r"has no masks yet; call compress\(\) first"):
+        _ = one.masks
+    returned, masks = one.compress()
+    assert returned is model
+    assert masks == planned == one.masks == applied_masks(model)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert model.training
+
+
+def test_the_masks_returned_are_the_users_own() -> None:
+    model = net()
+    pruner = L1FilterPruner(model, HALF)
+    _, masks = pruner.compress()
+    copied = Masks(masks)
+    masks["0"]["weight"].zero_()
+    assert pruner.masks == copied == applied_masks(model)
+    pruner.masks["0"]["bias"].zero_()
+    assert pruner.masks == copied
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.neg_().add_(1)
+    _, later = pruner.compress()
+    assert later != copied
+    assert not masks["0"]["weight"].any()
+
+
+@pytest.mark.parametrize("pruner", [*FILTER_PRUNERS, LevelPruner])
+def test_compress_again_gives_the_same_masks(pruner: type[Pruner]) -> None:
+    one = pruner(net(), HALF)
+    assert one.compress()[1] == one.compress()[1]
+
+
+def test_compress_again_follows_the_weights() -> None:
+    model = linear([1.0], [2.0])
+    pruner = L1FilterPruner(model, HALF)
+    assert kept(pruner.compress()[1]) == [0, 1]
+    with torch.no_grad():
+        model.parametrizations.weight.original.copy_(torch.tensor([[3.0], [2.0]]))
+    assert kept(pruner.compress()[1]) == [1, 0]
+
+
+def test_masks_from_before_stay() -> None:
+    model = linear([4.0], [3.0], [2.0], [1.0])
+    L1FilterPruner(model, [{"sparsity": 0.25, "op_types": ["Linear"]}]).compress()
+    Masks({"": {"weight": torch.tensor([[0], [1], [1], [1]])}}).apply(model)
+    pruner = L1FilterPruner(model, HALF)
+    for _ in range(2):
+        _, masks = pruner.compress()
+        # Two are masked already, so that they are the half that goes.
+        assert masks[""]["weight"].flatten().int().tolist() == [0, 1, 1, 0]
+        assert masks == applied_masks(model)
+
+
+def test_a_failing_compress_leaves_the_model() -> None:
+    model = net()
+    pruner = L1FilterPruner(model, HALF)
+    with torch.no_grad():
+        model[3].weight[0] = torch.nan
+    before = state(model)
+    with pytest.raises(MaskError, match="NaN or infinite scores: '3'"):
+        pruner.compress()
+    assert [name for name, t in model.state_dict().items() if t.shape != before[name].shape] == []
+    assert list(model.state_dict()) == list(before)
+
+
+def test_unwrap_gives_the_plain_masked_model() -> None:
+    model = net()
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    pruner = L1FilterPruner(model, HALF)
+    pruner.compress()
+    model.eval()
+    x = torch.rand(2, 3, 8, 8)
+    masked = model(x)
+    assert pruner.unwrap_model() is model
+    assert pruner.unwrap_model() is model
+    assert torch.equal(model(x), masked)
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert type(model[0]) is nn.Conv2d
+
+
+def test_shared_and_tied_layers_are_masked_once_and_alike() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(3, 4)})
+    model["b"].weight = model["a"].weight
+    model["again"] = model["a"]
+    _, masks = L1FilterPruner(model, HALF).compress()
+    assert list(masks) == ["a", "b"]
+    assert torch.equal(masks["a"]["weight"], masks["b"]["weight"])
+    assert torch.equal(masks["a"]["bias"], masks["b"]["bias"])
+    assert torch.equal(model["a"].weight, model["b"].weight)
+    with suspend_masks(model):
+        assert model["b"].weight is model["a"].weight
+
+
+def test_random_has_its_own_seed() -> None:
+    model = nn.Linear(2, 40)
+    masks = [RandomFilterPruner(model, HALF, seed=seed).calc_masks() for seed in (3, 3, 4)]
+    assert masks[0] == masks[1] != masks[2]
+
+
+def test_half_precision_model() -> None:
+    model = net().to(torch.bfloat16)
+    for pruner in (*FILTER_PRUNERS, LevelPruner):
+        assert pruner(model, HALF).calc_masks().sparsity == pytest.approx(0.5, abs=0.1)
+
+
+# --- export
+
+
+def test_export(tmp_path: Path) -> None:
+    model = net()
+    pruner = L1FilterPruner(model, HALF)
+    with pytest.raises(CompressError, match=r"call compress\(\) first"):
+        pruner.export_model(tmp_path / "weights.pt")
+    _, masks = pruner.compress()
+    model.eval()
+    x = torch.rand(2, 3, 8, 8)
+    masked, before = model(x), state(model)
+    pruner.export_model(tmp_path / "weights.pt", tmp_path / "masks.safetensors")
+    assert_same(model.state_dict(), before)
+    plain = net().eval()
+    plain.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(plain(x), masked)
+    assert Masks.load(tmp_path / "masks.safetensors") == masks
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["masks.safetensors", "weights.pt"]
+    pruner.unwrap_model()
+    pruner.export_model(str(tmp_path / "after.pt"))
+    assert_same(torch.load(tmp_path / "after.pt", weights_only=True), dict(plain.state_dict()))
+
+
+def test_onnx_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner = L1FilterPruner(net(), HALF)
+    pruner.compress()
+    with pytest.raises(ConfigError, match="onnx_path without input_shape"):
+        pruner.export_model(tmp_path / "w", onnx_path=tmp_path / "m.onnx")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CompressError, match=r"pip install compress-torch\[onnx\]"):
+        pruner.export_model(tmp_path / "w", onnx_path=tmp_path / "m.onnx", input_shape=(1, 3, 8, 8))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("default")  # the exporter's own deprecations
+def test_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    model = net()
+    pruner = L1FilterPruner(model, HALF)
+    pruner.compress()
+    before = state(model)
+    pruner.export_model(
+        tmp_path / "w", onnx_path=tmp_path / "m.onnx", input_shape=(1, 3, 8, 8), device="cpu"
+    )
+    assert_same(model.state_dict(), before)
+    assert model.training
+    onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "w"]
+
+
+# --- the seam to the graph
+
+
+def test_dependency_aware_asks_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    x = torch.rand(1, 3, 8, 8)
+    calls: list[dict[str, Any]] = []
+
+    def coupled_masks(
+        model: nn.Module, targets: Any, scores: Any, dummy_input: Any, **options: Any
+    ) -> tuple[dict[str, Tensor], Masks]:
+        assert not parametrize.is_parametrized(model[0])
+        calls.append({"scores": scores, "input": dummy_input, **options})
+        keep = {target.name: scores[target.name] > 0 for target in targets}
+        return keep, Masks({"1": {"weight": torch.zeros(6), "bias": torch.zeros(6)}})
+
+    class Module:
+        pass
+
+    fake: Any = Module()
+    fake.coupled_masks = coupled_masks
+    monkeypatch.setitem(sys.modules, "compress.pruners.dependency", fake)
+    pruner = L1FilterPruner(model, HALF, dependency_aware=True, dummy_input=x, round_to=2)
+    assert pruner.mode == "dependency_aware"
+    for _ in range(2):
+        _, masks = pruner.compress()
+    assert list(masks) == ["0", "3", "5", "1"]
+    assert not masks["1"]["weight"].any()
+    assert calls[0]["input"] is x
+    assert calls[0]["round_to"] == 2
+    assert calls[0]["min_channels"] == 1
+    assert list(calls[0]["scores"]) == ["0", "3", "5"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.1),
+    ],
+)
+def test_fine_tuning_keeps_the_masked_filters_silent(
+    make: Callable[..., torch.optim.Optimizer],
+) -> None:
+    model = net()
+    optimizer = make(model.parameters())
+    _, masks = L1FilterPruner(model, HALF).compress()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.rand(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        for name, parameters in masks.items():
+            for key, mask in parameters.items():
+                assert (getattr(model.get_submodule(name), key)[~mask] == 0).all()
