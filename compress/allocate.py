@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -37,8 +38,14 @@ def keep_count(units: int, sparsity: float, round_to: int = 1, min_channels: int
 
 def keep_highest(scores: Tensor, keep: int) -> Tensor:
     """Bool ``(units,)``, True for the ``keep`` highest scores; of equal ones the later stay."""
-    kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-    kept[torch.sort(scores, stable=True).indices[: len(scores) - keep]] = False
+    pruned = len(scores) - keep
+    if pruned == 0:
+        return torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    # Not a sort: a single layer of a LevelPruner can have 10⁸ units.
+    threshold = scores.kthvalue(pruned).values
+    kept = scores > threshold
+    equal = (scores == threshold).nonzero().flatten()
+    kept[equal[pruned - int((scores < threshold).count_nonzero()) :]] = True
     return kept
 
 
@@ -140,10 +147,10 @@ def expand_filters(keep: Tensor, weight: Tensor, axis: int = 0, groups: int = 1)
 
 @dataclass(frozen=True)
 class _Ladder:
-    """The steps by which one layer can lose units, cheapest first.
+    """The steps by which one layer can lose units.
 
     Attributes:
-        scores: ``(steps,)``, the mean score of the units of each step.
+        scores: ``(steps,)``, the mean score of the units of each step, in any order.
         weights: ``(steps,)`` int64, how many weights go with each step.
         first: units in the first step; ``round_to`` in every later one.
         round_to: see the module.
@@ -166,9 +173,10 @@ def _ladder(scores: Tensor, size: int, keep: int, round_to: int) -> _Ladder:
     units = len(scores)
     first = units % round_to or round_to
     prunable = units - keep
-    lowest = torch.sort(scores, stable=True).values[:prunable]
+    lowest = scores.topk(prunable, largest=False, sorted=round_to > 1).values
     if round_to == 1:
-        return _Ladder(lowest, torch.full_like(lowest, size, dtype=torch.int64), 1, 1, prunable)
+        weights = torch.tensor(size, device=scores.device).expand(prunable)
+        return _Ladder(lowest, weights, 1, 1, prunable)
     lowest = lowest.double()
     step = (torch.arange(prunable, device=scores.device) + round_to - first) // round_to
     steps = int(step[-1]) + 1 if prunable else 0
@@ -179,22 +187,39 @@ def _ladder(scores: Tensor, size: int, keep: int, round_to: int) -> _Ladder:
 
 def _cut(ladders: Mapping[str, _Ladder], target: float) -> dict[str, int]:
     """Steps that each layer takes, where the ranking of all steps is cut nearest to ``target``."""
-    ones = list(ladders.values())
-    device = ones[0].scores.device
-    ranks = torch.cat([one.scores.to(device, torch.float64) for one in ones])
-    weights = torch.cat([one.weights.to(device) for one in ones])
-    layer = torch.repeat_interleave(
-        torch.arange(len(ones), device=device),
-        torch.tensor([len(one.scores) for one in ones], device=device),
+    device = next(iter(ladders.values())).scores.device
+    dtype = reduce(torch.promote_types, (one.scores.dtype for one in ladders.values()))
+    scores = {name: one.scores.to(device, dtype) for name, one in ladders.items()}
+    ranking = torch.cat(list(scores.values()))
+    left = _steps_nearest(
+        ranking, torch.cat([one.weights.to(device) for one in ladders.values()]), target
     )
-    order = torch.sort(ranks, stable=True).indices
+    if left == 0:
+        return dict.fromkeys(ladders, 0)
+    threshold = ranking.kthvalue(left).values
+    taken = {name: int((values < threshold).count_nonzero()) for name, values in scores.items()}
+    left -= sum(taken.values())
+    for name, values in scores.items():  # equal ones in the order of the layers
+        equal = min(left, int((values == threshold).count_nonzero()))
+        taken[name] += equal
+        left -= equal
+    return taken
+
+
+def _steps_nearest(ranking: Tensor, weights: Tensor, target: float) -> int:
+    """How many of the lowest steps weigh nearest to ``target``; of two equally near, the fewer.
+
+    The epsilons are for a target that lies half-way but for its binary fraction.
+    """
+    if len(weights) == 0:
+        return 0
+    size = int(weights[0])
+    if bool((weights == size).all()):  # no need to sort single weights
+        return max(0, min(math.ceil(target / size - 0.5 - _EPSILON), len(weights)))
+    order = torch.sort(ranking, stable=True).indices
     masked = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)]).double()
-    # The first of several equally near: the one that masks less. The epsilon is for a target that
-    # lies half-way but for its binary fraction.
     distance = (masked - target).abs()
-    near = int((distance <= distance.min() + _EPSILON * max(1.0, target)).nonzero()[0])
-    taken = torch.bincount(layer[order[:near]], minlength=len(ones))
-    return dict(zip(ladders, taken.tolist(), strict=True))
+    return int((distance <= distance.min() + _EPSILON * max(1.0, target)).nonzero()[0])
 
 
 def _check_finite(scores: Mapping[str, Tensor]) -> None:

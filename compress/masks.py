@@ -97,10 +97,11 @@ class Masks(Mapping[str, Mapping[str, Tensor]]):
         """
         if not isinstance(other, Masks):
             return NotImplemented
+        theirs = other.flat()
         problems = [
-            f"{name}: shapes {tuple(mask.shape)} and {tuple(other.flat()[name].shape)} differ"
+            f"{name}: shapes {tuple(mask.shape)} and {tuple(theirs[name].shape)} differ"
             for name, mask in self.flat().items()
-            if name in other.flat() and other.flat()[name].shape != mask.shape
+            if name in theirs and theirs[name].shape != mask.shape
         ]
         _raise_all("these masks cannot be combined", problems)
         both: dict[str, dict[str, Tensor]] = {path: dict(self[path]) for path in self}
@@ -765,7 +766,7 @@ def _full_name(path: str, name: str) -> str:
 
 
 def _kept(mask: Tensor) -> int:
-    return int(mask.sum())
+    return int(mask.count_nonzero())  # several times as fast as sum
 
 
 def _count(masks: Iterable[Tensor]) -> tuple[int, int]:
