@@ -42,7 +42,8 @@ def l1(weight: Tensor, axis: int = 0, groups: int = 1) -> Tensor:
 
 def l2(weight: Tensor, axis: int = 0, groups: int = 1) -> Tensor:
     """√Σw² of each filter, ``(out,)``: the ℓ2 norm that Li et al. 2017 compare theirs with."""
-    return torch.linalg.vector_norm(filters(weight, axis, groups), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(filters(weight, axis, groups), dim=1)
+    return norms
 
 
 def fpgm(weight: Tensor, axis: int = 0, groups: int = 1) -> Tensor:
@@ -54,7 +55,8 @@ def fpgm(weight: Tensor, axis: int = 0, groups: int = 1) -> Tensor:
     rows = filters(weight, axis, groups)
     block = max(1, _DISTANCES_AT_A_TIME // max(1, len(rows)))
     exact = "donot_use_mm_for_euclid_dist"
-    sums = [torch.cdist(some, rows, compute_mode=exact).sum(dim=1) for some in rows.split(block)]
+    blocks: tuple[Tensor, ...] = torch.split(rows, block)  # type: ignore[no-untyped-call]
+    sums = [torch.cdist(some, rows, compute_mode=exact).sum(dim=1) for some in blocks]
     return torch.cat(sums)
 
 
