@@ -55,7 +55,7 @@ def fpgm(weight: Tensor, axis: int = 0, groups: int = 1) -> Tensor:
     rows = filters(weight, axis, groups)
     block = max(1, _DISTANCES_AT_A_TIME // max(1, len(rows)))
     exact = "donot_use_mm_for_euclid_dist"
-    blocks: tuple[Tensor, ...] = torch.split(rows, block)  # type: ignore[no-untyped-call]
+    blocks: tuple[Tensor, ...] = torch.split(rows, block)
     sums = [torch.cdist(some, rows, compute_mode=exact).sum(dim=1) for some in blocks]
     return torch.cat(sums)
 
