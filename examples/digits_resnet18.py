@@ -18,7 +18,7 @@ import torchvision
 from _data import Images, cifar10, digits, image_folder
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from compress import L1FilterPruner, ModelSpeedup
 from compress.measure import compare, table
@@ -28,7 +28,8 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     data = images(args)
-    train = DataLoader(data.train, batch_size=64, shuffle=True, drop_last=True)
+    batch = min(64, len(data.train))
+    train = DataLoader(data.train, batch_size=batch, shuffle=True, drop_last=True)
     test = DataLoader(data.test, batch_size=256)
     example = data.test[0][0].unsqueeze(0).to(args.device)
     fine_tuning = (args.epochs + 1) // 2
@@ -38,9 +39,10 @@ def main() -> None:
     models = {"dense": copy.deepcopy(model)}
 
     config_list = [
-        {"sparsity_per_layer": args.sparsity, "op_types": ["Conv2d"]},
+        {"sparsity_per_layer": args.sparsity, "op_types": ["Conv2d", "Linear"]},
+        {"exclude": True, "op_names": ["fc"]},
     ]
-    pruner = L1FilterPruner(model, config_list, mode="dependency_aware", dummy_input=example)
+    pruner = L1FilterPruner(model, config_list, mode="normal")
     model, masks = pruner.compress()
     models["masked"] = copy.deepcopy(model)
 
@@ -50,9 +52,8 @@ def main() -> None:
     models["fine-tuned"] = fit("fine-tuned", small, train, test, fine_tuning, lr=0.02)
 
     scratch = reinitialised(small)
-    models["from scratch"] = fit(
-        "from scratch", scratch, train, test, args.epochs + fine_tuning, lr=0.05
-    )
+    epochs = args.epochs + fine_tuning
+    models["from scratch"] = fit("from scratch", scratch, train, test, epochs, lr=0.05)
 
     accuracies = {name: f"{accuracy(each, test):.2%}" for name, each in models.items()}
     print(table(compare(models, example), {"accuracy": accuracies}))
@@ -111,18 +112,21 @@ def reinitialised(model: nn.Module) -> nn.Module:
 
 def images(args: argparse.Namespace) -> Images:
     if args.data == "digits":
-        return digits()
-    return cifar10(args.data_dir) if args.data == "cifar10" else image_folder(args.data_dir)
+        data = digits()
+    else:
+        data = {"cifar10": cifar10, "folder": image_folder}[args.data](args.data_dir)
+    return data._replace(train=Subset(data.train, range(128))) if args.quick else data
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", choices=["digits", "cifar10", "folder"], default="digits")
     parser.add_argument("--data-dir", default="data", help="where cifar10 or folder data lies")
-    parser.add_argument("--epochs", type=int, default=8, help="for dense; half of it to fine-tune")
+    parser.add_argument("--epochs", type=int, default=6, help="for dense; half of it to fine-tune")
     parser.add_argument("--sparsity", type=float, default=0.6, help="of filters in each layer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="128 images: does it run?")
     return parser.parse_args()
 
 

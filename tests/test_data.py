@@ -14,15 +14,15 @@ def pictures(count, first=0):
     return (np.arange(first, first + count * 3072) % 251).astype(np.uint8).reshape(count, 3072)
 
 
-def write_cifar(folder, keys=bytes, protocol=2):
-    """Two images a file, of the published layout and keys (the published files are protocol 2)."""
+def write_cifar(folder, keys=bytes, protocol=2, count=2):
+    """``count`` images a file in the published layout, keys and protocol (2)."""
     folder.mkdir()
     for number, name in enumerate([*TRAIN, TEST]):
         batch = {
             "batch_label": b"a batch",
-            "labels": [number, 9 - number],
-            "data": pictures(2, first=number),
-            "filenames": [b"a.png", b"b.png"],
+            "labels": [number, 9 - number] * (count // 2),
+            "data": pictures(count, first=number),
+            "filenames": [b"a.png", b"b.png"] * (count // 2),
         }
         if keys is bytes:
             batch = {key.encode(): value for key, value in batch.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,12 +77,13 @@ def _passes_ms(model: nn.Module, dummy_input: Any, count: int) -> list[float]:
 def _time_ms(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         with torch.cuda.device(device):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            event = cast(Any, torch.cuda.Event)  # untyped in torch
+            start, end = event(enable_timing=True), event(enable_timing=True)
             start.record()
             run()
             end.record()
             end.synchronize()
-            return start.elapsed_time(end)
+            return float(start.elapsed_time(end))
     _synchronise(device)
     begin = time.perf_counter()
     run()

@@ -89,14 +89,14 @@ def model_size_mb(model: nn.Module) -> float:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
 
-class _FlopCounter(TorchDispatchMode):
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """torch's FLOP formulas, without the module tracker of ``FlopCounterMode``.
 
     The tracker fails on weight norms without gradients (torch 2.4), and only the sum is wanted.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
 
     def __torch_dispatch__(

@@ -1,0 +1,40 @@
+"""The examples run as a user starts them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from test_data import write_cifar
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_the_demo_prints_one_table_of_all_five_models():
+    done = run("examples/digits_resnet18.py", "--quick", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    heading = next(number for number, line in enumerate(lines) if "parameters" in line)
+    rows = [line.split("  ")[1].strip() for line in lines[heading + 2 : heading + 7]]
+    assert rows == ["dense", "masked", "small", "fine-tuned", "from scratch"]
+    assert "11.17 M" in lines[heading + 2]
+
+
+def test_the_demo_reads_cifar10(tmp_path):
+    write_cifar(tmp_path / "cifar-10-batches-py", count=20)
+    arguments = ("--data", "cifar10", "--data-dir", str(tmp_path), "--epochs", "1")
+    done = run("examples/digits_resnet18.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "from scratch  epoch 2/2" in done.stdout
+
+
+def test_the_demo_says_where_cifar10_is_missing(tmp_path):
+    done = run("examples/digits_resnet18.py", "--data", "cifar10", "--data-dir", str(tmp_path))
+    assert done.returncode != 0
+    assert f"CIFAR-10: {tmp_path} lacks data_batch_1" in done.stderr
