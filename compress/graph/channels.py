@@ -6,7 +6,6 @@ parameters must go together, and which cannot go at all.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import networkx as nx
 import numpy as np
 from torch import fx, nn
 
-from compress.graph.labels import Axes, Axis, LabelSpace, Pin
+from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.trace import Trace, record
 from compress.rules.registry import Call, Rule, no_axes, rule_for
 
@@ -27,6 +26,18 @@ class Step:
 
     call: Call
     rule: Rule
+
+
+@dataclass(frozen=True)
+class LayerUnits:
+    """The output units of a weight: their labels, and the weight's axis that they lie along.
+
+    ``follows``: they are the input's own channels (a depthwise convolution), not new ones.
+    """
+
+    labels: np.ndarray
+    axis: int
+    follows: bool
 
 
 def location(node: fx.Node) -> str:
@@ -54,14 +65,15 @@ class ChannelGraph:
         for node in self.trace.nodes:
             self.axes[node] = self._label(node)
         for output in self.trace.outputs:
-            self.space.pin_all(self.axes[output], output, "is an output of the model")
+            for axes in _each(self.axes[output]):
+                self.space.pin_all(axes, output, "is an output of the model")
         if not self.trace.complete:
             self._pin_everything()
         self.root = self.space.roots()
 
     def _label(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            if node.meta["name"] == "constant":
+            if node.meta["name"] == "constant" or not node.users:  # only looked at
                 return no_axes(node.meta["shape"])
             return tuple(self.space.fresh(s) if s > 1 else None for s in node.meta["shape"])
         if node.op == "placeholder":
@@ -87,6 +99,7 @@ class ChannelGraph:
             for axes in _each(self.axes[each]):
                 self.space.pin_all(axes, node, reason)
         self.root = self.space.roots()
+        self.__dict__.pop("_nearest_pin", None)
 
     # -- queries ---------------------------------------------------------------------------
 
@@ -110,13 +123,21 @@ class ChannelGraph:
         return np.zeros(size, np.int64) if labels is None else self.root[labels]
 
     @cached_property
-    def output_axes(self) -> dict[str, int]:
-        """For each weight that makes units (channels, features): the axis that they lie along."""
-        found: dict[str, int] = {}
+    def layers(self) -> dict[str, LayerUnits]:
+        """Every weight that makes units, by its path (of several calls, the first)."""
+        found: dict[str, LayerUnits] = {}
         for step in self.steps:
-            made = step.rule.weight(step.call)
-            if made is not None and made[0].op == "get_attr":
-                found[str(made[0].target)] = made[1]
+            made = step.rule.makes(step.call)
+            if made is None or made.weight.op != "get_attr":
+                continue
+            size = step.call.shape[made.axis]
+            labels = self.axes[step.call.node][made.axis]
+            source = self.axes[made.source][made.axis]
+            labels = np.zeros(size, np.int64) if labels is None else labels
+            passes = source is not None and np.array_equal(self.root[labels], self.root[source])
+            found.setdefault(
+                str(made.weight.target), LayerUnits(labels, made.weight_axis, bool(passes))
+            )
         return found
 
     @cached_property
@@ -131,37 +152,29 @@ class ChannelGraph:
         return list(found.values())
 
     def pin_reason(self, label: int) -> str:
-        """Why a label that is tied to 0 stays: the pin it reaches by the fewest ties."""
-        if label == 0:
+        """Why a label that is tied to 0 stays: a pin that it reaches by ties, and where that is."""
+        pin = int(self._nearest_pin[label])
+        if pin < 0:
             return "cannot shrink"
-        pinned = self._pins
-        seen, queue = {label}, deque([label])
-        while queue:
-            at = queue.popleft()
-            if at in pinned:
-                return f"{pinned[at].reason} at {location(pinned[at].node)}"
-            for near in self._neighbours.get(at, ()):
-                if near not in seen:
-                    seen.add(near)
-                    queue.append(near)
-        return "is tied to a fixed size"
-
-    @property
-    def _pins(self) -> dict[int, Pin]:
-        found: dict[int, Pin] = {}
-        for pin in self.space.pins:
-            for label in pin.labels.tolist():
-                found.setdefault(label, pin)
-        return found
+        return f"{self.space.pins[pin].reason} at {location(self.space.pins[pin].node)}"
 
     @cached_property
-    def _neighbours(self) -> dict[int, list[int]]:
-        near: dict[int, list[int]] = defaultdict(list)
-        for tie in self.space.ties:
-            for a, b in zip(tie.left.tolist(), tie.right.tolist(), strict=True):
-                near[a].append(b)
-                near[b].append(a)
-        return near
+    def _nearest_pin(self) -> np.ndarray:
+        """For each label, the index of the pin fewest ties away; -1 where there is none."""
+        nearest = np.full(self.space.size, -1)
+        for index in reversed(range(len(self.space.pins))):
+            nearest[self.space.pins[index].labels] = index
+        if not self.space.ties:
+            return nearest
+        left = np.concatenate([t.left for t in self.space.ties])
+        right = np.concatenate([t.right for t in self.space.ties])
+        while True:
+            before = nearest.copy()
+            for a, b in ((left, right), (right, left)):
+                reached = (before[a] < 0) & (before[b] >= 0)
+                nearest[a[reached]] = before[b[reached]]
+            if np.array_equal(before, nearest):
+                return nearest
 
 
 def _position(source: fx.Node, key: Any) -> int:
@@ -175,12 +188,3 @@ def _each(axes: Any) -> Iterator[Axes]:
         yield from (a for a in axes if a is not None)
     elif axes is not None:
         yield axes
-
-
-def users_of(nodes: list[fx.Node]) -> dict[fx.Node, int]:
-    """How many calls use each node."""
-    counts: dict[fx.Node, int] = defaultdict(int)
-    for node in nodes:
-        for source in node.all_input_nodes:
-            counts[source] += 1
-    return counts

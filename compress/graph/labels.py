@@ -167,18 +167,22 @@ class LabelSpace:
 
     def roots(self) -> np.ndarray:
         """The smallest label of each label's class, (size,); 0 where the class is pinned."""
-        root = np.arange(self.size)
         left = [t.left for t in self.ties] + [p.labels for p in self.pins]
         right = [t.right for t in self.ties] + [np.zeros_like(p.labels) for p in self.pins]
-        if not left:
+        return joined(np.arange(self.size), left, right)
+
+
+def joined(root: np.ndarray, left: list[Labels], right: list[Labels]) -> np.ndarray:
+    """The roots after tying labels pairwise on top of ``root`` (idempotent: root[root] == root)."""
+    if not left:
+        return root
+    root, a, b = root.copy(), np.concatenate(left), np.concatenate(right)
+    while True:
+        root_a, root_b = root[a], root[b]
+        differ = root_a != root_b
+        if not differ.any():
             return root
-        a, b = np.concatenate(left), np.concatenate(right)
-        while True:
-            root_a, root_b = root[a], root[b]
-            differ = root_a != root_b
-            if not differ.any():
-                return root
-            a, b, root_a, root_b = a[differ], b[differ], root_a[differ], root_b[differ]
-            np.minimum.at(root, np.maximum(root_a, root_b), np.minimum(root_a, root_b))
-            while not np.array_equal(shorter := root[root], root):
-                root = shorter
+        a, b, root_a, root_b = a[differ], b[differ], root_a[differ], root_b[differ]
+        np.minimum.at(root, np.maximum(root_a, root_b), np.minimum(root_a, root_b))
+        while not np.array_equal(shorter := root[root], root):
+            root = shorter

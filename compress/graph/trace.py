@@ -12,7 +12,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Trace:
     (the path it ran in) and ``source`` (``(file, line)``); a leaf's holds its ``tensor``.
     ``leaves`` maps parameter and buffer paths to their nodes, where the run used them.
     ``size_reads`` lists the tensors whose sizes Python code looked at, with the module that did.
-    ``training`` is true where the run in train mode was added.
+    ``training`` is true where the run in train mode was added, ``partial`` where that broke off.
     ``complete`` is false where tensors went through code that the mode cannot see.
     """
 
@@ -99,6 +99,7 @@ class Trace:
     size_reads: list[tuple[fx.Node, str]]
     on_meta: bool
     training: bool
+    partial: bool
     complete: bool
 
     def networkx(self) -> nx.DiGraph:
@@ -120,6 +121,7 @@ class Recorder(TorchFunctionMode):
         self.outputs: list[fx.Node] = []
         self.size_reads: list[tuple[fx.Node, str]] = []
         self.complete = True
+        self.partial = False
         self.module_path = ""
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[torch.Tensor] = []  # an id stays unique while its tensor lives
@@ -251,6 +253,14 @@ class Recorder(TorchFunctionMode):
 
     def finish(self, output: Any) -> None:
         self.outputs += [self.node(tensor) for tensor in tensors_in(output)]
+
+    def finish_early(self) -> None:
+        """The run broke off: what nothing has used yet counts as an output."""
+        self.partial = True
+        used = set(self.outputs)
+        for node in self.graph.nodes:
+            if node.op == "call_function" and not node.users and node not in used:
+                self.outputs.append(node)
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
@@ -418,10 +428,12 @@ def record(model: nn.Module, dummy_input: Any) -> Trace:
     )
     if training:
         both = Recorder()
-        with suppress(Exception):  # what only train mode runs, and does not run here, stays
+        try:
             run_recorded(model, dummy_input, on_meta, True, both)
-            training = len(both.leaves) > len(recorder.leaves)
-            recorder = both if training else recorder
+        except Exception:  # a head that is too deep for this input, say: what it got so far stays
+            both.finish_early()
+        training = len(both.leaves) > len(recorder.leaves)
+        recorder = both if training else recorder
     return Trace(
         graph=recorder.graph,
         nodes=list(recorder.graph.nodes),
@@ -430,6 +442,7 @@ def record(model: nn.Module, dummy_input: Any) -> Trace:
         size_reads=recorder.size_reads,
         on_meta=on_meta,
         training=training,
+        partial=recorder.partial,
         complete=recorder.complete,
     )
 

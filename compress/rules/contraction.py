@@ -16,7 +16,7 @@ from torch import fx
 
 from compress.graph.labels import Axes, EqualParts, Field, LabelSpace
 from compress.graph.shapes import along, per_position
-from compress.rules.registry import Call, Read, Rule, Value, rule, shape_of
+from compress.rules.registry import Call, Read, Rule, Units, Value, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.decide import Decision
@@ -55,9 +55,9 @@ class Contraction(Rule):
     def geometry(self, call: Call) -> Geometry:
         raise NotImplementedError
 
-    def weight(self, call: Call) -> tuple[fx.Node, int]:
+    def makes(self, call: Call) -> Units:
         g = self.geometry(call)
-        return g.weight, g.weight_out
+        return Units(g.weight, g.weight_out, g.channel, g.x)
 
     # -- labels ----------------------------------------------------------------------------
 

@@ -238,7 +238,8 @@ class GetItem(Rule):
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         given, steps = list(axes(call.first)), self.plan(call)
         if steps is None:
-            space.pin_all(given, call.node, "is indexed with a tensor")
+            for node in call.inputs:
+                space.pin_all(axes(node), call.node, "is indexed with a tensor")
             return no_axes(call.shape)  # type: ignore[no-any-return]
         result: list[Axis] = []
         for kind, item in steps:

@@ -82,6 +82,16 @@ class Read:
     carried: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Units:
+    """New units: along ``axis`` of the call's output, and along ``weight_axis`` of its weight."""
+
+    weight: fx.Node
+    weight_axis: int
+    axis: int
+    source: fx.Node
+
+
 class Rule:
     """The default is the safest thing: nothing known, everything read.
 
@@ -95,8 +105,8 @@ class Rule:
         """Whether sizes are among the call's arguments, so that the code must count them anew."""
         return False
 
-    def weight(self, call: Call) -> tuple[fx.Node, int] | None:
-        """The weight whose axis the output's units are, for calls that make new units."""
+    def makes(self, call: Call) -> Units | None:
+        """For calls that make new units (channels, features) with a weight: where they lie."""
         return None
 
     def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Any:

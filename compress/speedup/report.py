@@ -85,32 +85,20 @@ def make_report(
     """Put the report together from the decision and the plan."""
     graph = decision.graph
     layers: dict[str, LayerReport] = {}
-    for path, axis in graph.output_axes.items():
-        node = graph.trace.leaves[path]
-        labels = graph.axes[node][axis]
-        units = node.meta["shape"][axis] if labels is None else len(labels)
-        masked = _masked_units(masks.get(path), axis, units)
-        gone = np.zeros(units, bool) if labels is None else ~decision.kept(labels)
+    for path, layer in graph.layers.items():
+        labels, units = layer.labels, len(layer.labels)
+        masked = _masked_units(masks.get(path), layer.axis, units)
+        gone = ~decision.kept(labels)
         if masked.any() or gone.any():
             stayed = np.flatnonzero(masked & ~gone)
-            why = Counter(
-                "cannot shrink" if labels is None else decision.reason(int(labels[i])) or ""
-                for i in stayed
-            )
-            layer = path.rpartition(".")[0]
-            layers[path] = LayerReport(layer, units, int(masked.sum()), int(gone.sum()), dict(why))
-    parameters = {p for p, n in graph.trace.leaves.items() if n.meta["name"] == "parameter"}
-    removed = sum(
-        prod(before[path]) - prod(cut.shape(before[path]))
-        for path, cut in plan.slices.items()
-        if path in parameters
-    )
-    total = sum(p.numel() for p in graph.model.parameters()) + removed
-    added = sum(len(b) for p, b in plan.biases.items() if p not in before)
+            why = Counter(decision.reason(int(labels[i])) or "" for i in stayed)
+            name = path.rpartition(".")[0]
+            layers[path] = LayerReport(name, units, int(masked.sum()), int(gone.sum()), dict(why))
+    parameters = dict(graph.model.named_parameters())
     return Report(
         layers=tuple(layers.values()),
-        parameters_before=total - added,
-        parameters_after=total - removed,
+        parameters_before=sum(prod(before[path]) for path in parameters if path in before),
+        parameters_after=sum(p.numel() for p in parameters.values()),
         relative_error=relative_error,
         constants_folded=tuple(sorted(plan.biases)),
         constants_carried=tuple(sorted(plan.carries)),

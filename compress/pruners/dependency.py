@@ -1,0 +1,216 @@
+"""Masks for layers that can only shrink together.
+
+Layers whose outputs meet in an addition, a grouped convolution or a channel shuffle lose the same
+channels or none. Here they are scored together and masked together, and so is every parameter that
+would turn a masked channel into a constant (the norm that follows): everything masked can go.
+Scoring coupled layers together: DepGraph (Fang et al. 2023), section 3.3; their group score is the
+mean over the group of scores that are divided by their layer's mean.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress import allocate
+from compress.config import Target, Targets
+from compress.graph.channels import ChannelGraph
+from compress.graph.labels import joined
+from compress.masks import Masks
+
+
+@dataclass
+class _Layer:
+    """One target: its units' label roots and scores, and how many units it may still lose."""
+
+    name: str
+    roots: np.ndarray
+    scores: np.ndarray
+    budget: int
+    group: int | None
+    weights_per_unit: int
+
+
+def coupled_masks(
+    model: nn.Module,
+    targets: Targets,
+    scores: Mapping[str, torch.Tensor],
+    dummy_input: Any,
+    *,
+    round_to: int,
+    min_channels: int,
+) -> tuple[dict[str, torch.Tensor], Masks]:
+    """Keep vectors (units,) for every target, and the masks of what follows their channels.
+
+    No layer loses more than its sparsity allows, so that coupled layers with different sparsities
+    lose what the smallest allows. A layer of which nothing can go (the model's output) is left
+    alone, with a warning.
+    """
+    graph = ChannelGraph(model, dummy_input)
+    layers = [_layer(graph, t, scores[t.name], round_to, min_channels) for t in targets]
+    roots = _join_equal_parts(graph, layers)
+    for layer, target in zip(layers, targets, strict=True):
+        layer.roots = roots[_units(graph, target.name, len(layer.scores))]
+    shares = {
+        number: int(group.sparsity * sum(x.weights_per_unit * len(x.scores) for x in layers
+                                         if x.group == number) + 1e-9)
+        for number, group in enumerate(targets.groups)
+    }  # fmt: skip
+    chosen = _choose(layers, _unremovable(graph, roots, targets), shares)
+    _warn_of_untouched(layers, chosen, graph)
+    keep = {
+        layer.name: torch.from_numpy(~np.isin(layer.roots, chosen)).to(scores[layer.name].device)
+        for layer in layers
+    }
+    return keep, _following_masks(graph, roots, chosen)
+
+
+def _layer(
+    graph: ChannelGraph, target: Target, scores: torch.Tensor, round_to: int, min_channels: int
+) -> _Layer:
+    units = len(scores)
+    sparsity = target.sparsity
+    if sparsity is None:
+        sparsity = target.max_sparsity if target.max_sparsity is not None else 1.0
+    budget = units - allocate.keep_count(units, min(sparsity, 1 - 1 / units), round_to, min_channels)
+    values = scores.detach().double().cpu().numpy()
+    mean = values.mean()
+    weight = graph.model.get_submodule(target.name).weight
+    assert isinstance(weight, torch.Tensor)
+    return _Layer(
+        name=target.name,
+        roots=graph.root[_units(graph, target.name, units)],
+        scores=values / mean if mean > 0 else values,
+        budget=budget,
+        group=target.group,
+        weights_per_unit=weight.numel() // units,
+    )
+
+
+def _units(graph: ChannelGraph, name: str, units: int) -> np.ndarray:
+    """The labels of a layer's output units; zeros where the run did not use it as a layer."""
+    found = graph.layers.get(f"{name}.weight" if name else "weight")
+    if found is None or len(found.labels) != units:
+        return np.zeros(units, np.int64)
+    return found.labels
+
+
+def _join_equal_parts(graph: ChannelGraph, layers: list[_Layer]) -> np.ndarray:
+    """Roots in which what must go in equal numbers goes together.
+
+    In a grid whole columns go. Of the groups of a grouped convolution (the pieces of a chunk) the
+    lowest of each go together, then the second lowest, and so on.
+    """
+    root = graph.root
+    for grid in graph.space.grids:
+        first = np.broadcast_to(grid.cells[:1], grid.cells.shape)
+        root = joined(root, [first.ravel()], [grid.cells.ravel()])
+    for equal in graph.space.equal_parts:
+        score = _score_by_root(root, layers)
+        order = np.argsort(score[root[equal.parts]], axis=1, kind="stable")
+        ranked = np.take_along_axis(equal.parts, order, axis=1)
+        first = np.broadcast_to(ranked[:1], ranked.shape)
+        root = joined(root, [first.ravel()], [ranked.ravel()])
+    return root
+
+
+def _score_by_root(root: np.ndarray, layers: Iterable[_Layer]) -> np.ndarray:
+    """The mean score of the units of each root, (labels,); 0 where no target has any."""
+    total, count = np.zeros(len(root)), np.zeros(len(root))
+    for layer in layers:
+        np.add.at(total, root[layer.roots], layer.scores)
+        np.add.at(count, root[layer.roots], 1)
+    return total / np.maximum(count, 1)
+
+
+def _unremovable(graph: ChannelGraph, root: np.ndarray, targets: Targets) -> np.ndarray:
+    """Roots that are fixed, or that another layer makes which is not to be pruned."""
+    names = {f"{t.name}.weight" if t.name else "weight" for t in targets}
+    names |= {f"{name}.weight" for t in targets for name in t.tied}
+    fixed = [np.zeros(1, np.int64)]
+    for path, layer in graph.layers.items():
+        if path not in names and not layer.follows:
+            fixed.append(root[layer.labels])
+    return np.unique(np.concatenate(fixed))
+
+
+def _choose(layers: list[_Layer], fixed: np.ndarray, shares: dict[int, int]) -> np.ndarray:
+    """The roots to mask: the lowest scores first, while every layer concerned may lose them.
+
+    ``shares`` holds, for each group of layers under one total sparsity, how many weights it may
+    lose in all.
+    """
+    if not layers:
+        return np.zeros(0, np.int64)
+    owner = np.concatenate([np.full(len(x.roots), i) for i, x in enumerate(layers)])
+    roots = np.concatenate([x.roots for x in layers])
+    score = np.concatenate([x.scores for x in layers])
+    atoms, index, counts = np.unique(roots, return_inverse=True, return_counts=True)
+    mean = np.bincount(index, score) / counts
+    blocked = np.isin(atoms, fixed)
+    needs: list[list[tuple[int, int]]] = [[] for _ in atoms]  # (layer, how many of its units)
+    pairs, numbers = np.unique(index * len(layers) + owner, return_counts=True)
+    for pair, number in zip(pairs.tolist(), numbers.tolist(), strict=True):
+        needs[pair // len(layers)].append((pair % len(layers), number))
+    budget = [x.budget for x in layers]
+    left = dict(shares)
+    chosen = []
+    for atom in np.argsort(mean, kind="stable").tolist():
+        if blocked[atom] or any(number > budget[i] for i, number in needs[atom]):
+            continue
+        weights = _weights_by_group(layers, needs[atom])
+        if any(weight > left[group] for group, weight in weights.items()):
+            continue
+        for i, number in needs[atom]:
+            budget[i] -= number
+        for group, weight in weights.items():
+            left[group] -= weight
+        chosen.append(atoms[atom])
+    return np.array(chosen, np.int64)
+
+
+def _weights_by_group(layers: list[_Layer], needs: list[tuple[int, int]]) -> dict[int, int]:
+    weights: dict[int, int] = {}
+    for i, number in needs:
+        group = layers[i].group
+        if group is not None:
+            weights[group] = weights.get(group, 0) + number * layers[i].weights_per_unit
+    return weights
+
+
+def _warn_of_untouched(layers: list[_Layer], chosen: np.ndarray, graph: ChannelGraph) -> None:
+    untouched = [x.name for x in layers if x.budget > 0 and not np.isin(x.roots, chosen).any()]
+    for name in untouched:
+        labels = graph.layers.get(f"{name}.weight")
+        reason = "runs in no way that the graph knows"
+        if labels is not None:
+            pinned = labels.labels[graph.root[labels.labels] == graph.root[0]]
+            reason = graph.pin_reason(int(pinned[0])) if len(pinned) else "is coupled with a layer "
+            reason += "" if len(pinned) else "that is not to be pruned, or in too large steps"
+        warnings.warn(f"dependency_aware masks nothing of {name!r}: it {reason}", stacklevel=2)
+
+
+def _following_masks(graph: ChannelGraph, root: np.ndarray, chosen: np.ndarray) -> Masks:
+    """Masks for all parameters along the chosen channels: norms, biases, scales, depthwise."""
+    entries: dict[str, dict[str, torch.Tensor]] = {}
+    for path, node in graph.trace.leaves.items():
+        layer = graph.layers.get(path)
+        if node.meta["name"] != "parameter" or (layer is not None and not layer.follows):
+            continue
+        axes = {layer.axis: layer.labels} if layer else dict(enumerate(graph.axes[node]))
+        for axis, labels in axes.items():
+            gone = None if labels is None else np.isin(root[labels], chosen)
+            if gone is None or not gone.any():
+                continue
+            shape = [1] * len(node.meta["shape"])
+            shape[axis] = -1
+            keep = torch.from_numpy(~gone).reshape(shape).expand(node.meta["shape"])
+            module, _, name = path.rpartition(".")
+            entries.setdefault(module, {})[name] = keep.to(node.meta["tensor"].device)
+    return Masks(entries)
