@@ -1,7 +1,7 @@
 """The channel graph: a trace with a label on every position that could be removed.
 
-It knows nothing of masks: it is what the model's structure alone says about which positions of which
-parameters must go together, and which cannot go at all.
+It knows nothing of masks: it is what the model's structure alone says about which positions of
+which parameters must go together, and which cannot go at all.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def location(node: fx.Node) -> str:
 class ChannelGraph:
     """``ChannelGraph(model, dummy_input)``: labels for every axis of every tensor of one run.
 
-    ``trace`` is the recorded run (an fx graph, or ``graph.networkx()``), ``axes`` maps a node to its
-    label vectors, ``root`` maps a label to the smallest label of its class: positions with the same
-    root are removed together, and root 0 never is.
+    ``trace`` is the recorded run (an fx graph, or ``graph.networkx()``), ``axes`` maps a node to
+    its label vectors, ``root`` maps a label to the smallest label of its class: positions with the
+    same root are removed together, and root 0 never is.
     """
 
     def __init__(self, model: nn.Module, dummy_input: Any) -> None:
@@ -80,7 +80,8 @@ class ChannelGraph:
             return no_axes(node.meta["shape"])
         if node.meta["name"] == "getitem_output":
             source, key = node.args
-            return self.axes[source][_position(source, key)]  # type: ignore[index]
+            assert isinstance(source, fx.Node)
+            return self.axes[source][key]
         call = Call(node)
         rule = rule_for(call.name)
         self.steps.append(Step(call, rule))
@@ -175,11 +176,6 @@ class ChannelGraph:
                 nearest[a[reached]] = before[b[reached]]
             if np.array_equal(before, nearest):
                 return nearest
-
-
-def _position(source: fx.Node, key: Any) -> int:
-    keys = source.meta.get("keys")
-    return keys.index(key) if keys else key  # type: ignore[no-any-return]
 
 
 def _each(axes: Any) -> Iterator[Axes]:

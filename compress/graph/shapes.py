@@ -75,7 +75,7 @@ def along(vector: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
 
 
 def per_position(compact: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    """What a compact float tensor says of each position of one axis: (size,), NaN where it varies."""
+    """A compact float tensor at each position of one axis: (size,), NaN where it varies."""
     axis %= compact.dim()
     columns = compact.movedim(axis, 0).reshape(compact.shape[axis], -1)
     if columns.shape[1] == 1:

@@ -1,9 +1,9 @@
 """Record one run of a model as a ``torch.fx`` graph.
 
-The model runs once under a ``TorchFunctionMode``; every torch function that returns a tensor becomes
-a node. There are no leaf modules: parameters and buffers are ``get_attr`` nodes, so a module, a bare
-functional call and a tied weight look the same. The run happens on the meta device where it can (no
-arithmetic, no memory) and on the real tensors where the model has to look at its data.
+The model runs once under a ``TorchFunctionMode``; every torch function that returns a tensor
+becomes a node. There are no leaf modules: parameters and buffers are ``get_attr`` nodes, so a
+module, a bare functional call and a tied weight look the same. The run happens on the meta device
+where it can (no arithmetic, no memory) and on the real tensors where the model looks at its data.
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ METADATA = frozenset(
 )
 # Reads of a size: what the forward does next may depend on them.
 SIZES = frozenset("shape size numel nelement __len__ nbytes".split())
-# Switches that take no tensor and return none.
-_SILENT = frozenset("_set_grad_enabled set_grad_enabled".split())
 
 _SKIPPED = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep)
 
@@ -144,7 +142,7 @@ class Recorder(TorchFunctionMode):
     # -- recording -------------------------------------------------------------------------
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
@@ -188,11 +186,10 @@ class Recorder(TorchFunctionMode):
 
     def _register_many(self, node: fx.Node, result: Any) -> None:
         items = list(result.values() if isinstance(result, Mapping) else result)
-        keys = list(result) if isinstance(result, Mapping) else list(range(len(items)))
         node.meta["shape"] = tuple(
             tuple(t.shape) if isinstance(t, torch.Tensor) else None for t in items
         )
-        for key, item in zip(keys, items, strict=True):
+        for key, item in enumerate(items):
             if isinstance(item, torch.Tensor):
                 part = self._call("getitem_output", operator.getitem, (node, key), {})
                 self._register(part, item)
@@ -334,7 +331,7 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 @contextmanager
 def rng_kept() -> Iterator[None]:
     """Torch's random state, on every device in use, is the same after as before."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
 

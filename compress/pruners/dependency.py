@@ -78,7 +78,8 @@ def _layer(
     sparsity = target.sparsity
     if sparsity is None:
         sparsity = target.max_sparsity if target.max_sparsity is not None else 1.0
-    budget = units - allocate.keep_count(units, min(sparsity, 1 - 1 / units), round_to, min_channels)
+    sparsity = min(sparsity, 1 - 1 / units)
+    budget = units - allocate.keep_count(units, sparsity, round_to, min_channels)
     values = scores.detach().double().cpu().numpy()
     mean = values.mean()
     weight = graph.model.get_submodule(target.name).weight

@@ -85,14 +85,14 @@ class Contraction(Rule):
         self, g: Geometry, inputs: Any, weight: list[Any], node: fx.Node, space: LabelSpace
     ) -> Any:
         """Each group has inputs and outputs of its own; only their counts must agree."""
-        whole, part = (g.weight_in, g.weight_out) if g.weight_in == 0 else (g.weight_out, g.weight_in)
+        whole, part = 0, 1  # (out, in / groups, …); transposed: (in, out / groups, …)
         shape = shape_of(g.weight)
         if inputs is None or g.weight.op != "get_attr" or weight[whole] is None:
             for axis in (inputs, weight[whole], weight[part]):
                 space.pin(axis, node, "meets a grouped convolution of fixed size")
             return None
         space.pin(weight[part], node, "is an axis inside the groups")
-        if g.weight_in == 0:  # transposed: (in, out / groups, …)
+        if g.weight_in == whole:
             space.tie(inputs, weight[whole], node, node.meta["name"])
             near, far = inputs, space.fresh(g.groups * shape[part])
         else:
@@ -103,7 +103,7 @@ class Contraction(Rule):
             return near if g.weight_in else far
         cross = np.repeat(parts_far, parts_near.shape[1], 0)
         cross = cross.reshape(*cross.shape, *[1] * (len(shape) - 2))
-        space.fields.setdefault(g.weight.target, []).append(Field(cross, part))
+        space.fields.setdefault(str(g.weight.target), []).append(Field(cross, part))
         space.equal_parts.append(EqualParts(parts_near, node, partners=parts_far))
         space.equal_parts.append(EqualParts(parts_far, node, partners=parts_near))
         return near if g.weight_in else far
@@ -121,8 +121,10 @@ class Contraction(Rule):
         if inputs is not None and g.groups == 1:
             index = torch.from_numpy(inputs.nonzero()[0]).to(weight.device)
             weight = weight.index_select(g.weight_in, index)
-        total = weight.detach().flatten(2).sum(2, dtype=torch.float64) if weight.dim() > 2 else weight
-        return _oriented(total.detach().double().cpu().numpy(), g)
+        total = weight.detach()
+        if total.dim() > 2:
+            total = total.flatten(2).sum(2, dtype=torch.float64)
+        return _oriented(total.double().cpu().numpy(), g)
 
     def constants(self, g: Geometry, known: Knowledge) -> np.ndarray | None:
         """Float64 (in,): the constant that each input channel is; NaN where it is none."""
@@ -208,7 +210,8 @@ class Contraction(Rule):
         if not gone.any():
             return
         if self.folds(call, g, known):
-            plan.add_to_bias(call, g.weight, g.bias, g.weight_out, self._shift(g, known, constants, gone))
+            shift = self._shift(g, known, constants, gone)
+            plan.add_to_bias(call, g.weight, g.bias, g.weight_out, shift)
         else:
             plan.carry(call, g.weight, g.weight_in, labels, constants, gone)
 
@@ -237,23 +240,22 @@ def _oriented(stored: np.ndarray, g: Geometry) -> np.ndarray:
     if g.weight_in != 0:
         return stored
     inputs, out = stored.shape
-    stored = stored.reshape(g.groups, inputs // g.groups, out)
-    return stored.transpose(0, 2, 1).reshape(g.groups * out, -1)
+    parts = stored.reshape(g.groups, inputs // g.groups, out)
+    return parts.transpose(0, 2, 1).reshape(g.groups * out, -1)
 
 
 def _by_group(matrix: np.ndarray, inputs: np.ndarray, groups: int) -> np.ndarray:
     """``matrix`` (out, in / groups) times, position by position, the inputs (in,) of its group."""
-    if groups == 1:
-        return matrix * inputs
-    parts = inputs.reshape(groups, 1, -1)
-    return (matrix.reshape(groups, -1, matrix.shape[1]) * parts).reshape(matrix.shape)
+    parts: np.ndarray = matrix.reshape(groups, -1, matrix.shape[1]) * inputs.reshape(groups, 1, -1)
+    return parts.reshape(matrix.shape)
 
 
 def _columns_read(matrix: np.ndarray, live: np.ndarray, groups: int) -> np.ndarray:
     """Bool (in,): the inputs that some live row reads."""
     if groups == 1:
-        return matrix[live].any(0) if not live.all() else matrix.any(0)
-    parts = matrix.reshape(groups, -1, matrix.shape[1]) & live.reshape(groups, -1, 1)
+        read: np.ndarray = matrix.any(0) if live.all() else matrix[live].any(0)
+        return read
+    parts: np.ndarray = matrix.reshape(groups, -1, matrix.shape[1]) & live.reshape(groups, -1, 1)
     return parts.any(1).reshape(-1)
 
 
@@ -276,7 +278,7 @@ class Convolution(Contraction):
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 class TransposedConvolution(Contraction):
-    """weight: (in, out / groups, k…). Its taps do not overlap evenly, so every place is a border."""
+    """weight: (in, out / groups, k…). Its taps overlap unevenly: every place is a border."""
 
     def geometry(self, call: Call) -> Geometry:
         x, weight = call.arg(0, "input"), call.arg(1, "weight")

@@ -51,7 +51,9 @@ _PRODUCTS = frozenset("mul multiply imul rmul".split())
 _QUOTIENTS = frozenset("div divide true_divide truediv itruediv idiv".split())
 
 
-def tied_axes(nodes: list[fx.Node], axes: Callable[[Any], Axes], call: Call, space: LabelSpace) -> Axes:
+def tied_axes(
+    nodes: list[fx.Node], axes: Callable[[Any], Axes], call: Call, space: LabelSpace
+) -> Axes:
     """Axes of the broadcast of several tensors: aligned from the right, tied where both vary."""
     rank = len(call.shape)
     result: list[Axis] = [None] * rank
@@ -175,7 +177,7 @@ class Identity(Rule):
 
 @rule("prelu")
 class PReLU(Rule):
-    """x if x > 0 else weight * x; the weight holds one slope, or one for each position of axis 1."""
+    """x where x > 0, else weight * x; one slope, or one for each position of axis 1."""
 
     positional = True
 

@@ -182,7 +182,7 @@ class Split(Rule):
         if value is None or value.shape[dim] == 1:
             return tuple(value for _ in call.shape)
         sizes = [s[dim] for s in call.shape]  # type: ignore[index]
-        return value.split(sizes, dim)
+        return torch.split(value, sizes, dim)
 
 
 @rule("unbind")
@@ -280,8 +280,8 @@ class Expand(Rule):
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         given, before = axes(call.first), shape_of(call.first)
         new = len(call.shape) - len(before)
-        kept = [a if b == s else None for a, b, s in zip(given, before, call.shape[new:], strict=True)]
-        return (*[None] * new, *kept)
+        sizes = zip(given, before, call.shape[new:], strict=True)
+        return (*[None] * new, *(a if b == s else None for a, b, s in sizes))
 
     def value(self, call: Call, known: Knowledge) -> Value:
         value = known.value(call.first)
@@ -311,7 +311,7 @@ class Reorder(Rule):
         value = known.value(call.first)
         if value is None or call.name != "flip":
             return None
-        return value.flip([d for d in call.rest(1, "dims")])
+        return value.flip(call.rest(1, "dims"))
 
 
 @rule("repeat", "tile")

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from compress.graph.labels import Axes, Axis, LabelSpace
-from compress.graph.shapes import along, normal_axis, per_position
-from compress.rules.registry import Call, Rule, Value, rule, shape_of
+from compress.graph.shapes import along, per_position
+from compress.rules.registry import Call, Rule, Value, rule
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -30,7 +30,7 @@ def _tie_vectors(
     return axis
 
 
-def _vector(node: fx.Node | None, known: Knowledge, default: float, size: int) -> torch.Tensor | None:
+def _vector(node: fx.Node | None, known: Knowledge, default: float, size: int) -> Value:
     if node is None:
         return torch.full((size,), default, dtype=torch.float64)
     return known.value(node)
@@ -138,10 +138,9 @@ class NormOverChannels(Rule):
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         result = list(axes(call.first))
+        over = range(len(result) - len(call.arg(1, "normalized_shape", (0,))), len(result))
         if call.name == "local_response_norm":
-            over = [1]
-        else:
-            over = [normal_axis(-i - 1, len(result)) for i in range(len(call.arg(1, "normalized_shape", (0,))))]
+            over = range(1, 2)
         for i in over:
             space.pin(result[i], call.node, f"is what {call.name} takes its statistics over")
             result[i] = None

@@ -64,7 +64,7 @@ class Pooling(Rule):
       "norm", "argmax", "argmin", "median", "cumsum", "cumprod", "softmax", "log_softmax",
       "softmin", "normalize", "sort", "topk", "argsort", "std_mean", "var_mean")  # fmt: skip
 class Reduction(Rule):
-    """Over axes that cannot shrink, the other axes pass; a labelled axis that is summed up stays."""
+    """The axes that are summed up stay; the others pass."""
 
     def dims(self, call: Call) -> tuple[int, ...]:
         ndim = len(shape_of(call.first))

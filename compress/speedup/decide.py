@@ -7,7 +7,7 @@ always safe: nobody reads it, or it is a known constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,7 @@ class Decision:
         """
         labels = self.knowledge.axis(node, axis)
         size = node.meta["shape"][axis]
-        live = np.ones(size, bool) if labels is None else self.kept(labels)
+        live: np.ndarray = np.ones(size, bool) if labels is None else self.kept(labels)
         unread = self.knowledge.unread(node, axis)
         if unread is not None:
             live = live & ~unread
@@ -85,11 +85,9 @@ class Decision:
             return False
         self._last_live[node] = key
         self.reads[node] = list(step.rule.reads(step.call, self.knowledge, state))
-        return any(
-            [
-                self._restore(read.labels[read.needed], f"is read by {location(node)}")
-                for read in self.reads[node]
-            ]
+        where = f"is read by {location(node)}"
+        return _any_changed(
+            self._restore(read.labels[read.needed], where) for read in self.reads[node]
         )
 
     def _restore(self, labels: Labels, reason: str) -> bool:
@@ -105,12 +103,12 @@ class Decision:
     def _make_rectangular(self) -> None:
         steps: list[Callable[[], bool]] = [
             self._keep_carriers,
-            lambda: any([self._close_grid(g) for g in self.graph.space.grids]),
-            lambda: any([self._equalise(p) for p in self.graph.space.equal_parts]),
+            lambda: _any_changed(self._close_grid(g) for g in self.graph.space.grids),
+            lambda: _any_changed(self._equalise(p) for p in self.graph.space.equal_parts),
             self._keep_one,
             self._keep_counts,
         ]
-        while any([step() for step in steps]):
+        while _any_changed(step() for step in steps):
             pass
 
     def _close_grid(self, grid: Grid) -> bool:
@@ -124,7 +122,7 @@ class Decision:
     def _equalise(self, equal: EqualParts) -> bool:
         kept = self.kept(equal.parts)
         counts = kept.sum(1)
-        alive = np.ones(len(counts), bool)
+        alive: np.ndarray = np.ones(len(counts), bool)
         if equal.partners is not None:
             alive = kept.any(1) | self.kept(equal.partners).any(1)
         target = max(int(counts[alive].max(initial=0)), 1)
@@ -197,3 +195,8 @@ class Decision:
         if root != 0:
             return self._blame.get(root, "is in use")
         return self.graph.pin_reason(label)
+
+
+def _any_changed(changes: Iterable[bool]) -> bool:
+    """Whether any step changed something; unlike ``any``, takes them all."""
+    return any(list(changes))

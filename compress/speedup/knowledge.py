@@ -100,8 +100,8 @@ class Knowledge:
         value = self.value(node)
         if value is None or not value.is_floating_point():
             return None
-        vector = per_position(value, axis, node.meta["shape"][axis]).numpy()
-        return ~np.isnan(vector)
+        unknown = per_position(value, axis, node.meta["shape"][axis]).isnan()
+        return (~unknown).numpy()
 
     def unread(self, node: fx.Node, axis: int) -> np.ndarray | None:
         """Bool, one per position: whether all calls that use the node ignore it (None: they read).
@@ -137,7 +137,7 @@ class Knowledge:
         if weight.op != "get_attr" or self.uses(weight) != 1:
             return False
         if bias is not None:
-            return bias.op == "get_attr" and bias.meta["name"] == "parameter" and self.uses(bias) == 1
+            return bias.meta["name"] == "parameter" and self.uses(bias) == 1
         module = self.graph.model.get_submodule(module_path)
         return (
             type(module).forward in _PLAIN_FORWARDS

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -96,10 +95,8 @@ def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) 
     """Integer attributes of the module a call ran in that hold a size which the plan changes."""
     changed: dict[int, int] = {}
     for each in (node, *node.all_input_nodes):
-        sizes = np.atleast_1d(_flat(each.meta["shape"]))
-        for old, new in zip(sizes, np.atleast_1d(_flat(expected_shape(decision, each))), strict=True):
-            if old != new:
-                changed[int(old)] = int(new)
+        sizes = zip(_flat(each.meta["shape"]), _flat(expected_shape(decision, each)), strict=True)
+        changed |= {old: new for old, new in sizes if old != new}
     module = graph.model.get_submodule(node.meta["module"])
     return [
         Attribute(node.meta["module"], name, value, changed[value])

@@ -109,4 +109,4 @@ def _masked_units(mask: torch.Tensor | None, axis: int, units: int) -> np.ndarra
     if mask is None:
         return np.zeros(units, bool)
     rows = mask.movedim(axis, 0).reshape(mask.shape[axis], -1).any(1).cpu().numpy()
-    return ~rows if len(rows) == units else np.zeros(units, bool)  # type: ignore[no-any-return]
+    return ~rows if len(rows) == units else np.zeros(units, bool)

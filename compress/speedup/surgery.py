@@ -77,13 +77,12 @@ def apply_plan(
 
     try:
         with torch.no_grad():
-            for path in plan.biases.keys() - tensors.keys():
-                undo.append(_add_bias(model, path, plan))
-            for path in {**plan.slices, **plan.carries, **plan.biases, **masks}:
-                if path in tensors:
-                    undo.append(_replace(tensors[path], path, plan, masks))
-            for attribute in plan.attributes:
-                undo.append(_set_attribute(model, attribute))
+            undo += (_add_bias(model, path, plan) for path in plan.biases.keys() - tensors.keys())
+            touched = {**plan.slices, **plan.carries, **plan.biases, **masks}.keys()
+            undo += (
+                _replace(tensors[path], path, plan, masks) for path in touched if path in tensors
+            )
+            undo += (_set_attribute(model, attribute) for attribute in plan.attributes)
     except BaseException:
         undo_all()
         raise
