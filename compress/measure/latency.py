@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.measure._running import call, device_of, evaluating, tensors_in
+from compress.graph.trace import as_arguments, evaluating, rng_kept, tensors_in
 
 _PASSES_IN_TURN = 10
 
@@ -69,9 +69,19 @@ def latencies(
 
 
 def _passes_ms(model: nn.Module, dummy_input: Any, count: int) -> list[float]:
-    device = device_of(model, dummy_input)
-    with evaluating(model, dummy_input):
-        return [_time_ms(lambda: call(model, dummy_input), device) for _ in range(count)]
+    args, kwargs = as_arguments(dummy_input)
+    device = _device_of(model, dummy_input)
+    # no_grad and not inference_mode: a tensor that a module caches during the run must stay usable
+    # when the model trains again.
+    with torch.no_grad(), evaluating(model), rng_kept():
+        return [_time_ms(lambda: model(*args, **kwargs), device) for _ in range(count)]
+
+
+def _device_of(model: nn.Module, dummy_input: Any) -> torch.device:
+    """Where a model runs: its first parameter's or buffer's device, else the input's, else CPU."""
+    for tensor in (*model.parameters(), *model.buffers(), *tensors_in(dummy_input)):
+        return tensor.device
+    return torch.device("cpu")
 
 
 def _time_ms(run: Callable[[], object], device: torch.device) -> float:
@@ -106,7 +116,7 @@ def _latency(samples_ms: list[float], model: nn.Module, dummy_input: Any) -> Lat
         p90_ms=float(p90),
         repeats=len(samples_ms),
         batch=batched[0].shape[0] if batched else 1,
-        device=str(device_of(model, dummy_input)),
+        device=str(_device_of(model, dummy_input)),
         threads=torch.get_num_threads(),
         samples_ms=tuple(samples_ms),
     )

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchinfo.torchinfo import clear_cached_forward_pass
 
+from compress.graph.trace import as_arguments, evaluating, rng_kept
 from compress.masks import suspend_masks
-from compress.measure._running import call, evaluating
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def summarize(model: nn.Module, dummy_input: Any) -> ModelSummary:
     counter = _FlopCounter()
     try:
         # torchinfo reads names and classes: it would take a parametrised weight for an RNN's.
-        with suspend_masks(model), evaluating(model, dummy_input), counter:
+        with suspend_masks(model), evaluating(model), rng_kept(), torch.no_grad(), counter:
             counted = torchinfo.summary(runner, input_data=runner.tensors, verbose=0)
     except RuntimeError as error:
         shapes = [tuple(tensor.shape) for tensor in runner.tensors]
@@ -127,4 +127,5 @@ class _Runner(nn.Module):
         leaves = list(self._leaves)
         for position, tensor in zip(self._positions, tensors, strict=True):
             leaves[position] = tensor
-        return call(self.model, pytree.tree_unflatten(leaves, self._structure))
+        args, kwargs = as_arguments(pytree.tree_unflatten(leaves, self._structure))
+        return self.model(*args, **kwargs)
