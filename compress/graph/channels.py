@@ -100,7 +100,7 @@ class ChannelGraph:
             for axes in _each(self.axes[each]):
                 self.space.pin_all(axes, node, reason)
         self.root = self.space.roots()
-        self.__dict__.pop("_nearest_pin", None)
+        self.__dict__.pop("nearest_pin", None)
 
     # -- queries ---------------------------------------------------------------------------
 
@@ -154,13 +154,13 @@ class ChannelGraph:
 
     def pin_reason(self, label: int) -> str:
         """Why a label that is tied to 0 stays: a pin that it reaches by ties, and where that is."""
-        pin = int(self._nearest_pin[label])
+        pin = int(self.nearest_pin[label])
         if pin < 0:
             return "cannot shrink"
         return f"{self.space.pins[pin].reason} at {location(self.space.pins[pin].node)}"
 
     @cached_property
-    def _nearest_pin(self) -> np.ndarray:
+    def nearest_pin(self) -> np.ndarray:
         """For each label, the index of the pin fewest ties away; -1 where there is none."""
         nearest = np.full(self.space.size, -1)
         for index in reversed(range(len(self.space.pins))):

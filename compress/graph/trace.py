@@ -38,6 +38,12 @@ METADATA = frozenset(
     "is_tensor _is_view is_storage result_type can_cast _has_compatible_shallow_copy_type "
     "is_mtia is_maia is_ipu is_xla is_sparse_csr _assert get_default_dtype".split()
 )
+# On the meta device these run as long Python decompositions, only to give a tensor like their first
+# argument (in place, that argument).
+LIKE_INPUT = frozenset(
+    "batch_norm instance_norm group_norm layer_norm relu6 hardtanh hardswish hardsigmoid silu gelu "
+    "elu leaky_relu mish".split()
+)
 # Reads of a size: what the forward does next may depend on them.
 SIZES = frozenset("shape size numel nelement __len__ nbytes".split())
 
@@ -157,7 +163,18 @@ class Recorder(TorchFunctionMode):
         version = None if target is None else target._version
         # The arguments become nodes before the call: in place, it changes what they stand for.
         node_args = (self._as_nodes(args), self._as_nodes(kwargs))
-        result = func(*args, **kwargs)
+        if target is not None and _is_like_input(name, target, kwargs):
+            result = target if kwargs.get("inplace") else torch.empty_like(target)
+            version = -1 if result is target else version
+        else:
+            result = func(*args, **kwargs)
+        self._note(name, func, node_args, target, version, result)
+        return result
+
+    def _note(
+        self, name: str, func: Any, node_args: Any, target: Any, version: int | None, result: Any
+    ) -> None:
+        """Make the node of a call that wrote ``target``, or returned ``result``, or both."""
         if target is not None and target._version != version:
             self._write(self._call(name, func, *node_args), target)
         elif isinstance(result, torch.Tensor):
@@ -165,13 +182,13 @@ class Recorder(TorchFunctionMode):
                 self._register(self._call(name, func, *node_args), result)
         elif any(True for _ in tensors_in(result)):
             self._register_many(self._call(name, func, *node_args), result)
-        elif result is not None and next(tensors_in((args, kwargs)), None) is not None:
+        elif result is not None and any(isinstance(a, fx.Node) for a in node_args[0]):
             self._call("read_value", read_value, *node_args)
-        return result
 
     def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> fx.Node:
         node = self.graph.create_node("call_function", func, args, kwargs, name=name)
         node.meta = {"name": name, "module": self.module_path, "source": _source()}
+        node.meta |= {"shape": (), "dtype": None}  # until an output is registered
         return node
 
     def _register(self, node: fx.Node, tensor: torch.Tensor) -> None:
@@ -258,6 +275,11 @@ class Recorder(TorchFunctionMode):
         for node in self.graph.nodes:
             if node.op == "call_function" and not node.users and node not in used:
                 self.outputs.append(node)
+
+
+def _is_like_input(name: str, target: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a call on meta can be stood for; torch's modules pass these two by keyword."""
+    return name in LIKE_INPUT and target.is_meta and ("inplace" in kwargs or "eps" in kwargs)
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:

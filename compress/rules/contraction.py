@@ -115,13 +115,9 @@ class Contraction(Rule):
         return _oriented(known.pattern(g.weight), g)
 
     def sums(self, g: Geometry, known: Knowledge, inputs: np.ndarray | None = None) -> np.ndarray:
-        """Float64 (out, in / groups): the weights summed over the kernel."""
-        weight = known.leaf(g.weight) if g.weight.op == "get_attr" else known.value(g.weight)
-        assert weight is not None
-        if inputs is not None and g.groups == 1:
-            index = torch.from_numpy(inputs.nonzero()[0]).to(weight.device)
-            weight = weight.index_select(g.weight_in, index)
-        total = weight.detach()
+        """Float64 (out, in / groups), or some inputs' columns: weights summed over the kernel."""
+        positions = None if inputs is None else np.flatnonzero(inputs)
+        total = known.leaf(g.weight, g.weight_in, positions)
         if total.dim() > 2:
             total = total.flatten(2).sum(2, dtype=torch.float64)
         return _oriented(total.double().cpu().numpy(), g)
@@ -139,16 +135,16 @@ class Contraction(Rule):
         if g.weight.op != "get_attr":
             return None
         matrix, constants = self.matrix(g, known), self.constants(g, known)
-        unknown = np.ones(g.channels, bool) if constants is None else np.isnan(constants)
-        if constants is not None and g.at_border:
-            unknown |= constants != 0
-        rows = ~_by_group(matrix, unknown, g.groups).any(1)
-        if not rows.any():
+        rows = busy = matrix.any(1)  # rows with any weight: the others give their bias
+        if constants is not None:
+            unknown = np.isnan(constants) | (g.at_border & (constants != 0))
+            rows = _by_group(matrix, unknown, g.groups).any(1)
+        if rows.all():
             return None
-        result = np.where(rows, 0.0, np.nan)
-        if constants is not None and not g.at_border:
+        result = np.where(rows, np.nan, 0.0)
+        if constants is not None and not g.at_border and (busy & ~rows).any():
             filled = np.where(np.isnan(constants), 0.0, constants)
-            result += (_by_group(self.sums(g, known), filled, g.groups)).sum(1)
+            result += _by_group(self.sums(g, known), filled, g.groups).sum(1)
         if g.bias is not None:
             bias = known.value(g.bias)
             if bias is None:
@@ -204,9 +200,10 @@ class Contraction(Rule):
         if labels is None or constants is None or known.constants == "drop":
             return
         gone = ~plan.kept(labels) & ~np.isnan(constants) & (constants != 0)
-        if g.weight.op == "get_attr":
-            live = self.live(call, plan.decision)
-            gone &= _columns_read(self.matrix(g, known), live, g.groups)
+        if not self.folds(call, g, known):
+            # Rows that came back later compute something that nobody reads.
+            wanted = [read.carried for read in plan.decision.reads[call.node]]
+            gone &= wanted[0] if wanted and wanted[0] is not None else False
         if not gone.any():
             return
         if self.folds(call, g, known):
@@ -240,8 +237,8 @@ def _oriented(stored: np.ndarray, g: Geometry) -> np.ndarray:
     if g.weight_in != 0:
         return stored
     inputs, out = stored.shape
-    parts = stored.reshape(g.groups, inputs // g.groups, out)
-    return parts.transpose(0, 2, 1).reshape(g.groups * out, -1)
+    parts: np.ndarray = stored.reshape(g.groups, inputs // g.groups, out)
+    return np.reshape(parts.transpose(0, 2, 1), (g.groups * out, -1))
 
 
 def _by_group(matrix: np.ndarray, inputs: np.ndarray, groups: int) -> np.ndarray:
@@ -253,8 +250,7 @@ def _by_group(matrix: np.ndarray, inputs: np.ndarray, groups: int) -> np.ndarray
 def _columns_read(matrix: np.ndarray, live: np.ndarray, groups: int) -> np.ndarray:
     """Bool (in,): the inputs that some live row reads."""
     if groups == 1:
-        read: np.ndarray = matrix.any(0) if live.all() else matrix[live].any(0)
-        return read
+        return np.asarray(np.any(matrix if live.all() else matrix[live], axis=0))
     parts: np.ndarray = matrix.reshape(groups, -1, matrix.shape[1]) & live.reshape(groups, -1, 1)
     return parts.any(1).reshape(-1)
 

@@ -138,9 +138,10 @@ class NormOverChannels(Rule):
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         result = list(axes(call.first))
-        over = range(len(result) - len(call.arg(1, "normalized_shape", (0,))), len(result))
         if call.name == "local_response_norm":
             over = range(1, 2)
+        else:
+            over = range(len(result) - len(call.arg(1, "normalized_shape")), len(result))
         for i in over:
             space.pin(result[i], call.node, f"is what {call.name} takes its statistics over")
             result[i] = None

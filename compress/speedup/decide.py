@@ -38,7 +38,8 @@ class Decision:
         self.keep = np.zeros(self.graph.space.size, bool)
         self.keep[self.root[0]] = True
         self.reads: dict[fx.Node, list[Read]] = {}
-        self._blame: dict[int, str] = {}
+        self._reasons: list[tuple[str, fx.Node | None]] = [("is in use", None)]
+        self._blame = np.zeros(self.graph.space.size, np.int64)  # index of the reason, by root
         self._last_live: dict[fx.Node, bytes] = {}
         self._grow_from_reads()
         self._make_rectangular()
@@ -85,18 +86,20 @@ class Decision:
             return False
         self._last_live[node] = key
         self.reads[node] = list(step.rule.reads(step.call, self.knowledge, state))
-        where = f"is read by {location(node)}"
         return _any_changed(
-            self._restore(read.labels[read.needed], where) for read in self.reads[node]
+            self._restore(read.labels[read.needed], "is read by", node) for read in self.reads[node]
         )
 
-    def _restore(self, labels: Labels, reason: str) -> bool:
-        roots = np.unique(self.root[labels])
+    def _restore(self, labels: Labels, reason: str, node: fx.Node | None = None) -> bool:
+        """Keep labels after all; ``reason`` is a clause that the place of ``node`` completes."""
+        roots = self.root[labels]
         new = roots[~self.keep[roots]]
+        if not len(new):
+            return False
         self.keep[new] = True
-        for label in new.tolist():
-            self._blame[label] = reason
-        return bool(len(new))
+        self._blame[new] = len(self._reasons)
+        self._reasons.append((reason, node))
+        return True
 
     # -- constraints -----------------------------------------------------------------------
 
@@ -113,18 +116,19 @@ class Decision:
 
     def _close_grid(self, grid: Grid) -> bool:
         cells = self.kept(grid.cells)
-        where = f"is a cell of a kept row and column at {location(grid.node)}"
-        changed = self._restore(grid.rows[cells.any(1)], where)
-        changed |= self._restore(grid.columns[cells.any(0)], where)
+        where = "is a cell of a kept row and column at"
+        changed = self._restore(grid.rows[cells.any(1)], where, grid.node)
+        changed |= self._restore(grid.columns[cells.any(0)], where, grid.node)
         wanted = self.kept(grid.rows)[:, None] & self.kept(grid.columns)
-        return self._restore(grid.cells[wanted], where) or changed
+        return self._restore(grid.cells[wanted], where, grid.node) or changed
 
     def _equalise(self, equal: EqualParts) -> bool:
         kept = self.kept(equal.parts)
         counts = kept.sum(1)
         alive: np.ndarray = np.ones(len(counts), bool)
         if equal.partners is not None:
-            alive = kept.any(1) | self.kept(equal.partners).any(1)
+            both = np.concatenate([kept, self.kept(equal.partners)], axis=1)
+            alive = np.asarray(both.any(axis=1))
         target = max(int(counts[alive].max(initial=0)), 1)
         lacking = [
             equal.parts[i][~kept[i]][: target - counts[i]]
@@ -132,8 +136,7 @@ class Decision:
         ]
         if not lacking:
             return False
-        where = f"evens out the groups at {location(equal.node)}"
-        return self._restore(np.concatenate(lacking), where)
+        return self._restore(np.concatenate(lacking), "evens out the parts at", equal.node)
 
     def _keep_one(self) -> bool:
         changed = False
@@ -151,7 +154,7 @@ class Decision:
             wanted = -(-max(int(kept.sum()), limits.min_channels) // limits.round_to)
             missing = min(wanted * limits.round_to, len(labels)) - int(kept.sum())
             if missing > 0:
-                reason = f"rounds its layer to {limits}"
+                reason = f"completes {limits}"
                 changed |= self._restore(labels[~kept][:missing], reason)
         return changed
 
@@ -175,8 +178,8 @@ class Decision:
                 gone = read.carried & ~self.kept(read.labels)
                 if gone.any() and self.carrier(read.labels, read.constants, gone) is None:
                     largest = np.argmax(np.where(gone, np.abs(read.constants), 0.0))
-                    reason = f"carries the constants of removed channels into {location(node)}"
-                    changed |= self._restore(read.labels[[largest]], reason)
+                    reason = "carries the constants of removed channels into"
+                    changed |= self._restore(read.labels[[largest]], reason, node)
         return changed
 
     def carrier(self, labels: Labels, constants: np.ndarray, gone: np.ndarray) -> int | None:
@@ -187,13 +190,20 @@ class Decision:
         enough = 0.1 * np.nanmax(np.abs(constants[gone]))
         return best if size[best] > 0 and size[best] >= enough else None
 
+    def reason_key(self, labels: Labels) -> np.ndarray:
+        """Equal for labels that certainly stay for the same reason."""
+        roots = self.root[labels]
+        pins = -1 - self.graph.nearest_pin[labels]
+        return np.asarray(np.where(roots == 0, pins, self._blame[roots]))
+
     def reason(self, label: int) -> str | None:
         """Why a label stays (a clause that follows "it"), or None if it goes."""
         root = int(self.root[label])
         if not self.keep[root]:
             return None
         if root != 0:
-            return self._blame.get(root, "is in use")
+            reason, node = self._reasons[self._blame[root]]
+            return reason if node is None else f"{reason} {location(node)}"
         return self.graph.pin_reason(label)
 
 

@@ -44,10 +44,16 @@ class Knowledge:
 
     # -- leaves ----------------------------------------------------------------------------
 
-    def leaf(self, node: fx.Node) -> torch.Tensor:
-        """The masked parameter (or the buffer) behind a leaf, on its own device."""
+    def leaf(
+        self, node: fx.Node, axis: int = 0, positions: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """The masked parameter (or the buffer) behind a leaf, or some positions along an axis."""
         tensor: torch.Tensor = node.meta["tensor"].detach()
         mask = self.masks.get(str(node.target))
+        if positions is not None:
+            index = torch.from_numpy(positions).to(tensor.device)
+            tensor = tensor.index_select(axis, index)
+            mask = None if mask is None else mask.to(tensor.device).index_select(axis, index)
         return tensor if mask is None else torch.where(mask.to(tensor.device), tensor, 0)
 
     def pattern(self, node: fx.Node) -> np.ndarray:
@@ -55,9 +61,8 @@ class Knowledge:
         found = self._patterns.get(node)
         if found is None:
             if node.op == "get_attr":
-                nonzero = self.leaf(node) != 0
-                nonzero = nonzero.flatten(2).any(2) if nonzero.dim() > 2 else nonzero
-                found = nonzero.cpu().numpy()
+                mask = self.masks.get(str(node.target))
+                found = _nonzero_pattern(node.meta["tensor"].detach(), mask).cpu().numpy()
             else:
                 found = np.ones(node.meta["shape"][:2], bool)
             self._patterns[node] = found
@@ -144,3 +149,44 @@ class Knowledge:
             and "bias" in module._parameters
             and weight.meta["module"].split(".parametrizations")[0] == module_path
         )
+
+
+def _nonzero_pattern(weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Bool (d0, d1): whether any unmasked weight at these first two positions is not 0.
+
+    Most are told by one look at the middle of the kernel; only the rest is searched.
+    """
+    if weight.dim() <= 2:
+        return weight != 0 if mask is None else (weight != 0) & mask.to(weight.device)
+    weight = weight.flatten(2)
+    middle = weight.select(2, weight.shape[2] // 2)
+    if mask is None:
+        found = middle != 0
+        unsure = ~found
+    else:
+        mask = mask.to(weight.device).flatten(2)
+        found = torch.zeros_like(middle, dtype=torch.bool)
+        rows = any_by_row(mask).nonzero()[:, 0]
+        part = middle.index_select(0, rows) != 0
+        part &= mask.select(2, mask.shape[2] // 2).index_select(0, rows)
+        found[rows] = part
+        unsure = torch.zeros_like(found)
+        unsure[rows] = ~part
+    if bool(unsure.any()):
+        rest = weight[unsure] != 0
+        found[unsure] = (rest if mask is None else rest & mask[unsure]).any(1)
+    return found
+
+
+def any_by_row(mask: torch.Tensor) -> torch.Tensor:
+    """Bool (rows,): whether anything in a row of a bool tensor is true."""
+    if mask.device.type == "cpu":  # numpy stops at the first one that is
+        return torch.from_numpy(mask.flatten(1).numpy().any(1))
+    return mask.flatten(1).any(1)
+
+
+def all_by_row(mask: torch.Tensor) -> torch.Tensor:
+    """Bool (rows,): whether everything in a row of a bool tensor is true."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(mask.flatten(1).numpy().all(1))
+    return mask.flatten(1).all(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.speedup.decide import Decision
+from compress.speedup.knowledge import any_by_row
 from compress.speedup.plan import Plan
 
 
@@ -90,8 +91,10 @@ def make_report(
         masked = _masked_units(masks.get(path), layer.axis, units)
         gone = ~decision.kept(labels)
         if masked.any() or gone.any():
-            stayed = np.flatnonzero(masked & ~gone)
-            why = Counter(decision.reason(int(labels[i])) or "" for i in stayed)
+            why: Counter[str] = Counter()
+            stayed = labels[masked & ~gone]
+            for _, first, count in _grouped(decision.reason_key(stayed)):
+                why[decision.reason(int(stayed[first])) or ""] += count
             name = path.rpartition(".")[0]
             layers[path] = LayerReport(name, units, int(masked.sum()), int(gone.sum()), dict(why))
     parameters = dict(graph.model.named_parameters())
@@ -108,5 +111,13 @@ def make_report(
 def _masked_units(mask: torch.Tensor | None, axis: int, units: int) -> np.ndarray:
     if mask is None:
         return np.zeros(units, bool)
-    rows = mask.movedim(axis, 0).reshape(mask.shape[axis], -1).any(1).cpu().numpy()
+    rows = any_by_row(mask.movedim(axis, 0).reshape(mask.shape[axis], -1)).cpu().numpy()
     return ~rows if len(rows) == units else np.zeros(units, bool)
+
+
+def _grouped(keys: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Each distinct key, where it is first, and how often it is there."""
+    for key, first, count in zip(
+        *np.unique(keys, return_index=True, return_counts=True), strict=True
+    ):
+        yield int(key), int(first), int(count)

@@ -74,6 +74,7 @@ class ModelSpeedup:
         self._plan: Plan | None = None
         self._report: Report | None = None
         self._masks: Masks | None = None
+        self._masks_before = Masks()
 
     @property
     def report(self) -> Report:
@@ -88,7 +89,9 @@ class ModelSpeedup:
     @property
     def masks(self) -> Masks:
         """The masks of what is left, shaped like the small model's parameters."""
-        return _done(self._masks, "masks")
+        if self._masks is None:
+            self._masks = _remaining(self._masks_before, self.plan, self.model)
+        return self._masks
 
     def speedup_model(self) -> nn.Module:
         """Shrink the model in place and return it."""
@@ -116,9 +119,8 @@ class ModelSpeedup:
             undo, decision, plan, _ = self._cut(graph, knowledge, True)
         try:
             error = self._check(expected)
-            self._masks = _remaining(masks, plan, self.model, before)
             self._report = make_report(decision, plan, flat, before, error)
-            self._plan = plan
+            self._plan, self._masks_before = plan, masks
         except BaseException:
             undo()
             raise
@@ -216,7 +218,7 @@ def _done(value: T | None, name: str) -> T:
     return value
 
 
-def _remaining(masks: Masks, plan: Plan, model: nn.Module, before: dict[str, Any]) -> Masks:
+def _remaining(masks: Masks, plan: Plan, model: nn.Module) -> Masks:
     """The masks of the parameters that are left; what is no longer masked anywhere is left out."""
     paths = {id(tensor): path for path, tensor, _ in leaves_of(model)}
     entries: dict[str, dict[str, torch.Tensor]] = {}

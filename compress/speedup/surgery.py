@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
+from compress.speedup.knowledge import all_by_row
 from compress.speedup.plan import Attribute, Carry, Plan, Slice
 
 
@@ -22,7 +24,7 @@ def new_tensor(
     mask = masks.get(path)
     result = cut(tensor)
     if mask is not None:
-        result = torch.where(cut(mask.to(tensor.device)), result, 0)
+        result = _masked(result, mask.to(tensor.device), cut)
     for carry in plan.carries.get(path, ()):
         result = _carried(result, tensor, mask, cut, carry)
     if path in plan.biases:
@@ -33,26 +35,36 @@ def new_tensor(
     return result
 
 
+def _masked(result: torch.Tensor, mask: torch.Tensor, cut: Slice) -> torch.Tensor:
+    """Zero what is masked of a parameter that has been cut; most kept rows have no masked entry."""
+    if mask.dim() < 2 or cut.gather is not None:
+        return torch.where(cut(mask), result, 0)
+    masked = ~all_by_row(mask).cpu().numpy()
+    kept = np.arange(len(masked)) if cut.keep[0] is None else cut.keep[0]
+    rows = np.flatnonzero(masked[kept])
+    if len(rows) == 0:
+        return result
+    part = Slice((kept[rows], *cut.keep[1:]))(mask)
+    index = torch.from_numpy(rows).to(result.device)
+    return result.index_copy(0, index, torch.where(part, result.index_select(0, index), 0))
+
+
 def _carried(
     result: torch.Tensor, tensor: torch.Tensor, mask: torch.Tensor | None, cut: Slice, carry: Carry
 ) -> torch.Tensor:
-    sources = torch.from_numpy(carry.sources).to(tensor.device)
-    part = tensor.index_select(carry.axis, sources).double()
-    if mask is not None:
-        part = torch.where(mask.to(tensor.device).index_select(carry.axis, sources), part, 0)
-    shape = [1] * tensor.dim()
-    shape[carry.axis] = -1
-    part = (part * torch.from_numpy(carry.ratios).to(tensor.device).reshape(shape)).sum(
-        carry.axis, keepdim=True
-    )
     keep = list(cut.keep)
     kept_here = keep[carry.axis]
     target = carry.target if kept_here is None else int(kept_here.searchsorted(carry.target))
-    keep[carry.axis] = None
-    part = Slice(tuple(keep))(part)
+    keep[carry.axis] = carry.sources
+    gone = Slice(tuple(keep))
+    part = gone(tensor)
+    if mask is not None:
+        part = torch.where(gone(mask.to(tensor.device)), part, 0)
+    ratios = torch.from_numpy(carry.ratios).to(tensor.device)
+    total = torch.tensordot(part.double(), ratios, dims=([carry.axis], [0]))
     result = result.clone()
-    place = result.narrow(carry.axis, target, 1)
-    place.copy_((place.double() + part).to(result.dtype))
+    place = result.select(carry.axis, target)
+    place.copy_((place.double() + total).to(result.dtype))
     return result
 
 
