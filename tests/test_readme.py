@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -15,8 +17,13 @@ def blocks(language):
 
 def test_the_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some save files
+    torch.manual_seed(0)
     session = {}
-    for line, code in blocks("python"):
+    for number, (line, code) in enumerate(blocks("python")):
         # Blank lines before it, so that a traceback has the README's line numbers.
         exec(compile("\n" * line + code, str(README), "exec"), session)
-    assert session["small"](session["torch"].rand(1, 3, 32, 32)).shape == (1, 10)
+        if number == 0:
+            left = sum(parameter.numel() for parameter in session["small"].parameters())
+            assert f"-> {left:,} parameters" in next(blocks("text"))[1]  # the output that is shown
+    image = torch.rand(1, 3, 32, 32)
+    assert session["small"].eval()(image).shape == (1, 10)
