@@ -1,20 +1,25 @@
 """The examples run as a user starts them."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import speedup_time
 from test_data import write_cifar
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the tests run without an install, too
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 def run(script, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_the_demo_prints_one_table_of_all_five_models():
