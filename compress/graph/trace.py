@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from compress.errors import TraceError
+from compress.graph.meta import quick_result
 
 Shape = tuple[int, ...]
 
@@ -37,12 +38,6 @@ METADATA = frozenset(
     "untyped_storage storage is_same_size retains_grad is_shared is_mkldnn is_vulkan __format__ "
     "is_tensor _is_view is_storage result_type can_cast _has_compatible_shallow_copy_type "
     "is_mtia is_maia is_ipu is_xla is_sparse_csr _assert get_default_dtype".split()
-)
-# On the meta device these run as long Python decompositions, only to give a tensor like their first
-# argument (in place, that argument).
-LIKE_INPUT = frozenset(
-    "batch_norm instance_norm group_norm layer_norm relu6 hardtanh hardswish hardsigmoid silu gelu "
-    "elu leaky_relu mish".split()
 )
 # Reads of a size: what the forward does next may depend on them.
 SIZES = frozenset("shape size numel nelement __len__ nbytes".split())
@@ -163,11 +158,11 @@ class Recorder(TorchFunctionMode):
         version = None if target is None else target._version
         # The arguments become nodes before the call: in place, it changes what they stand for.
         node_args = (self._as_nodes(args), self._as_nodes(kwargs))
-        if target is not None and _is_like_input(name, target, kwargs):
-            result = target if kwargs.get("inplace") else torch.empty_like(target)
-            version = -1 if result is target else version
-        else:
+        result = quick_result(func, args, kwargs)
+        if result is None:
             result = func(*args, **kwargs)
+        elif result is target:
+            version = -1  # written
         self._note(name, func, node_args, target, version, result)
         return result
 
@@ -275,11 +270,6 @@ class Recorder(TorchFunctionMode):
         for node in self.graph.nodes:
             if node.op == "call_function" and not node.users and node not in used:
                 self.outputs.append(node)
-
-
-def _is_like_input(name: str, target: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether a call on meta can be stood for; torch's modules pass these two by keyword."""
-    return name in LIKE_INPUT and target.is_meta and ("inplace" in kwargs or "eps" in kwargs)
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
@@ -437,7 +427,9 @@ def record(model: nn.Module, dummy_input: Any) -> Trace:
     try:
         run_recorded(model, dummy_input, True, False, recorder)
     except Exception:  # the model looks at its data, or keeps tensors of its own: run for real
-        recorder, on_meta = Recorder(), False
+        on_meta = False
+    if not on_meta:
+        recorder = Recorder()
         try:
             run_recorded(model, dummy_input, False, False, recorder)
         except Exception as error:

@@ -100,12 +100,14 @@ class PlanBuilder:
         self.graph: ChannelGraph = decision.graph
         self.plan = Plan()
         self.unset: list[fx.Node] = []
+        self._attributes: dict[tuple[str, str], Attribute] = {}
         for path, node in self.graph.trace.leaves.items():
             self._slice(path, node)
         if self.plan.slices:
             for step in self.graph.steps:
                 step.rule.rewrite(step.call, self)
             self._set_module_sizes()
+            self.plan.attributes = list(self._attributes.values())
 
     def kept(self, labels: Labels) -> np.ndarray:
         return self.decision.kept(labels)
@@ -173,9 +175,7 @@ class PlanBuilder:
         if getattr(module, name, None) != old:
             self.unset.append(call.node)  # a number in the user's code
             return
-        attribute = Attribute(call.module, name, old, new)
-        if attribute not in self.plan.attributes:
-            self.plan.attributes.append(attribute)
+        self._attributes[call.module, name] = Attribute(call.module, name, old, new)
 
     # -- the sizes that torch's own modules show -------------------------------------------
 
@@ -185,9 +185,8 @@ class PlanBuilder:
             module = self.graph.model.get_submodule(path)
             for name, new in self._sizes(path, module):
                 old = getattr(module, name)
-                attribute = Attribute(path, name, old, new)
-                if old != new and attribute not in self.plan.attributes:
-                    self.plan.attributes.append(attribute)
+                if old != new:
+                    self._attributes[path, name] = Attribute(path, name, old, new)
 
     def _sizes(self, path: str, module: nn.Module) -> list[tuple[str, int]]:
         prefix = f"{path}." if path else ""
@@ -197,8 +196,8 @@ class PlanBuilder:
             if tensor is not None and prefix + name in self.plan.slices
         }
         weight = shapes.get("weight")
-        groups = {a.name: a.new for a in self.plan.attributes if a.module == path}.get("groups")
-        return module_sizes(module, weight, shapes, groups)
+        groups = self._attributes.get((path, "groups"))
+        return module_sizes(module, weight, shapes, groups.new if groups else None)
 
 
 def module_sizes(
