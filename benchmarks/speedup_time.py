@@ -244,7 +244,7 @@ def arguments() -> argparse.Namespace:
             *("residual_128", "residual_512"),
         ],
     )
-    parser.add_argument("--runs", type=int, default=5, help="processes for each model and tool")
+    parser.add_argument("--runs", type=int, default=3, help="processes for each model and tool")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one process")
     parser.add_argument("--quick", action="store_true", help="resnet18, one run: does it work?")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
