@@ -298,7 +298,8 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], Inputs, str]] = {
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", WIDE, tokens, ""),
     "distilbert": (
         "DistilBertForSequenceClassification", "DistilBertConfig",
-        {"vocab_size": WORDS, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128}, tokens, "",
+        {"vocab_size": WORDS, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128},
+        tokens, "",
     ),
     "deberta_v2": (
         "DebertaV2ForSequenceClassification", "DebertaV2Config",
