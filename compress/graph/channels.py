@@ -67,9 +67,9 @@ class ChannelGraph:
         for output in self.trace.outputs:
             for axes in _each(self.axes[output]):
                 self.space.pin_all(axes, output, "is an output of the model")
-        if not self.trace.complete:
-            self._pin_everything()
         self.root = self.space.roots()
+        if not self.trace.complete:
+            self.pin_everything("runs in a model with code that cannot be traced")
 
     def _label(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
@@ -87,20 +87,32 @@ class ChannelGraph:
         self.steps.append(Step(call, rule))
         return rule.labels(call, self.axes.__getitem__, self.space)
 
-    def _pin_everything(self) -> None:
-        for node in self.trace.nodes:
-            for axes in _each(self.axes[node]):
-                self.space.pin_all(axes, node, "runs in a model with code that cannot be traced")
-
     # -- pins that experience adds ---------------------------------------------------------
 
-    def pin(self, node: fx.Node, reason: str) -> None:
-        """Keep all axes of a node's inputs and output as they are."""
-        for each in (node, *node.all_input_nodes):
-            for axes in _each(self.axes[each]):
+    def pin(self, node: fx.Node, axes: list[int] | None, reason: str) -> bool:
+        """Keep some axes of a node's output, or all of its inputs and output, as they are.
+
+        Returns whether that was news.
+        """
+        if axes is None:
+            for each in (node, *node.all_input_nodes):
+                for several in _each(self.axes[each]):
+                    self.space.pin_all(several, node, reason)
+        else:
+            self.space.pin_all((self.axes[node][i] for i in axes), node, reason)
+        return self._renew()
+
+    def pin_everything(self, reason: str) -> None:
+        """Keep every axis of every tensor: the model cannot shrink."""
+        for node in self.trace.nodes:
+            for axes in _each(self.axes[node]):
                 self.space.pin_all(axes, node, reason)
-        self.root = self.space.roots()
+        self._renew()
+
+    def _renew(self) -> bool:
+        before, self.root = self.root, self.space.roots()
         self.__dict__.pop("nearest_pin", None)
+        return not np.array_equal(before, self.root)
 
     # -- queries ---------------------------------------------------------------------------
 

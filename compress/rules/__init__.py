@@ -1,11 +1,12 @@
 """What each family of torch functions does to labels and to known values."""
 
-from compress.rules import contraction, elementwise, movement, normalization, reduction
+from compress.rules import attention, contraction, elementwise, movement, normalization, reduction
 from compress.rules.registry import RULES, Rule, rule, rule_for
 
 __all__ = [
     "RULES",
     "Rule",
+    "attention",
     "contraction",
     "elementwise",
     "movement",

@@ -55,7 +55,7 @@ class Contraction(Rule):
     def geometry(self, call: Call) -> Geometry:
         raise NotImplementedError
 
-    def makes(self, call: Call) -> Units:
+    def makes(self, call: Call) -> Units | None:
         g = self.geometry(call)
         return Units(g.weight, g.weight_out, g.channel, g.x)
 
@@ -154,7 +154,7 @@ class Contraction(Rule):
 
     # -- reading ---------------------------------------------------------------------------
 
-    def live(self, call: Call, decision: Decision) -> np.ndarray:
+    def live(self, call: Call, decision: Decision) -> np.ndarray | None:
         return decision.live(call.node, self.geometry(call).channel)
 
     def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:

@@ -45,8 +45,19 @@ def reshape_axes(
 class Reshape(Rule):
     """Any change of shape that keeps the elements' order; the recorded shapes say which."""
 
+    def given_sizes(self, call: Call) -> dict[int, int]:
+        sizes = call.rest(1, "shape") if call.name in ("view", "reshape") else ()
+        return {i: s for i, s in enumerate(sizes) if isinstance(s, int) and s != -1}
+
     def sized(self, call: Call) -> bool:
-        without = ("flatten", "ravel", "unsqueeze", "view_as", "reshape_as", "expand_dims")
+        without: tuple[str, ...] = (
+            "flatten",
+            "ravel",
+            "unsqueeze",
+            "view_as",
+            "reshape_as",
+            "expand_dims",
+        )
         return call.name not in without
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
@@ -273,6 +284,10 @@ class GetItem(Rule):
 @rule("expand", "expand_as", "broadcast_to")
 class Expand(Rule):
     """Repeats axes of size 1; the others pass."""
+
+    def given_sizes(self, call: Call) -> dict[int, int]:
+        sizes = () if call.name == "expand_as" else call.rest(1, "size")
+        return {i: s for i, s in enumerate(sizes) if isinstance(s, int) and s != -1}
 
     def sized(self, call: Call) -> bool:
         return True

@@ -105,6 +105,10 @@ class Rule:
         """Whether sizes are among the call's arguments, so that the code must count them anew."""
         return False
 
+    def given_sizes(self, call: Call) -> dict[int, int]:
+        """Output axes whose sizes the caller gives by number, with these numbers."""
+        return {}
+
     def makes(self, call: Call) -> Units | None:
         """For calls that make new units (channels, features) with a weight: where they lie."""
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -176,6 +177,13 @@ class PlanBuilder:
             self.unset.append(call.node)  # a number in the user's code
             return
         self._attributes[call.module, name] = Attribute(call.module, name, old, new)
+
+    def add_attributes(self, several: Iterable[list[Attribute]]) -> None:
+        """Set further attributes, where no rule has set them."""
+        for attributes in several:
+            for attribute in attributes:
+                self._attributes.setdefault((attribute.module, attribute.name), attribute)
+        self.plan.attributes = list(self._attributes.values())
 
     # -- the sizes that torch's own modules show -------------------------------------------
 

@@ -12,9 +12,9 @@ from typing import Any
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from compress.graph.channels import ChannelGraph
+from compress.graph.channels import ChannelGraph, location
 from compress.graph.trace import Recorder, run_recorded
-from compress.rules.registry import rule_for
+from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
 from compress.speedup.plan import Attribute
 
@@ -89,6 +89,19 @@ def _difference(decision: Decision, before: fx.Node, after: fx.Node) -> str:
 
 def _numbers(node: fx.Node) -> list[float]:
     return [v for v in tree_leaves((node.args, node.kwargs)) if isinstance(v, (int, float))]
+
+
+def pin_sizes(decision: Decision, mismatch: Mismatch) -> None:
+    """Keep the sizes that the code at a mismatch has as numbers; if that is no news, keep all."""
+    graph, node = decision.graph, mismatch.node
+    given = rule_for(node.meta["name"]).given_sizes(Call(node))
+    expected = expected_shape(decision, node)
+    axes = [i for i, size in given.items() if size != expected[i]]
+    reason = f"has its size as a number in the code ({mismatch.got})"
+    if axes and graph.pin(node, axes, reason):
+        return
+    if not graph.pin(node, None, reason):
+        graph.pin_everything(f"{reason}: {location(node)}")
 
 
 def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) -> list[Attribute]:

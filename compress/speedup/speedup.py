@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from compress.errors import SpeedupError, VerificationError
-from compress.graph.channels import ChannelGraph
+from compress.graph.channels import ChannelGraph, location
 from compress.graph.trace import leaves_of
 from compress.masks import Masks, suspend_masks
 from compress.speedup.decide import Decision, Limits
 from compress.speedup.knowledge import Knowledge
 from compress.speedup.plan import Attribute, Plan, PlanBuilder
-from compress.speedup.replay import Mismatch, matching_attributes, needs_replay, replay
+from compress.speedup.replay import Mismatch, matching_attributes, needs_replay, pin_sizes, replay
 from compress.speedup.report import Report, make_report
 from compress.speedup.surgery import apply_plan
 from compress.speedup.verify import largest_error, outputs_of, tolerance_for
@@ -149,29 +149,32 @@ class ModelSpeedup:
         self, graph: ChannelGraph, knowledge: Knowledge, always_replay: bool
     ) -> tuple[Callable[[], None], Decision, Plan, bool]:
         """Decide, plan and cut; where the model's own code cannot follow, pin and begin again."""
-        tried: list[Attribute] = []
-        last: Mismatch | None = None
+        tried: dict[Mismatch, list[Attribute]] = {}
         while True:
             decision = Decision(knowledge, self.limits)
             builder = PlanBuilder(decision)
             if builder.unset:
-                for node in builder.unset:
-                    graph.pin(node, "has its size as a number in the code")
+                reason = "has its size as a number in the code"
+                if not any([graph.pin(node, None, reason) for node in builder.unset]):  # noqa: C419
+                    graph.pin_everything(f"{reason}: {location(builder.unset[0])}")
                 continue
-            builder.plan.attributes += [a for a in tried if a not in builder.plan.attributes]
+            builder.add_attributes(tried.values())
             undo = apply_plan(self.model, builder.plan, knowledge.masks)
             replays = always_replay or needs_replay(decision)
             mismatch = replay(self.model, self.dummy_input, decision) if replays else None
             if mismatch is None:
                 return undo, decision, builder.plan, replays
             undo()
-            new = [a for a in matching_attributes(graph, decision, mismatch.node) if a not in tried]
-            stuck = last is not None and mismatch.index <= last.index
-            if new and not stuck:
-                tried, last = tried + new, mismatch
-                continue
-            tried, last = [], None
-            graph.pin(mismatch.node, f"has its size as a number in the code ({mismatch.got})")
+            attributes = matching_attributes(graph, decision, mismatch.node)
+            known = {a for several in tried.values() for a in several}
+            last = next(reversed(tried), None)
+            if last is not None and mismatch.index <= last.index:
+                del tried[last]  # these attributes serve others too
+                pin_sizes(decision, last)
+            elif set(attributes) - known:
+                tried[mismatch] = [a for a in attributes if a not in known]
+            else:
+                pin_sizes(decision, mismatch)
 
     def _differs(self, expected: list[torch.Tensor] | None) -> bool:
         try:

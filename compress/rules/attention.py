@@ -1,0 +1,256 @@
+"""Products of activations: matmul, einsum, scaled dot-product attention; and embeddings.
+
+Axes that pass are tied (the heads of q, k, v), an axis that is summed over is read by both sides:
+a position may go where either side is known to be 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from compress.graph.labels import Axes, Axis, LabelSpace
+from compress.graph.shapes import per_position
+from compress.rules.contraction import Contraction, Geometry
+from compress.rules.registry import OPAQUE, Call, Read, Rule, Units, Value, rule, shape_of
+
+if TYPE_CHECKING:
+    from compress.speedup.decide import Decision
+    from compress.speedup.knowledge import Knowledge
+    from compress.speedup.plan import PlanBuilder
+
+AxesOf = Callable[[Any], Axes]
+
+
+def tie_broadcast(nodes: list[tuple[fx.Node, Axes]], call: Call, space: LabelSpace) -> Axes:
+    """Tie the leading axes of several tensors, aligned from the right; size 1 repeats.
+
+    Each item holds a node and the axes of it that lead (all but the last two).
+    """
+    rank = max(len(axes) for _, axes in nodes)
+    result: list[Axis] = [None] * rank
+    for offset in range(1, rank + 1):
+        present = [
+            axes[-offset]
+            for node, axes in nodes
+            if offset <= len(axes) and shape_of(node)[len(axes) - offset] > 1
+        ]
+        joined = present[0] if present else None
+        for axis in present[1:]:
+            joined = space.tie(joined, axis, call.node, f"meets a fixed size in {call.name}")
+        result[-offset] = joined
+    return tuple(result)
+
+
+def zero_positions(known: Knowledge, node: fx.Node, axis: int) -> np.ndarray:
+    """Bool, one per position of an axis: whether the tensor is known to be 0 there."""
+    value = known.value(node)
+    size = shape_of(node)[axis]
+    if value is None or not value.is_floating_point():
+        return np.zeros(size, bool)
+    return np.asarray((per_position(value, axis, size) == 0).numpy())
+
+
+@rule("matmul", "bmm", "mm", "addmm")
+class MatMul(Contraction):
+    """``x @ weight`` with a parameter of shape (in, out), or a product of two activations."""
+
+    def operands(self, call: Call) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        if call.name == "addmm":
+            return call.arg(1, "mat1"), call.arg(2, "mat2"), call.arg(0, "input")
+        second = call.arg(1, "other", call.node.kwargs.get("mat2"))
+        return call.first, second, None
+
+    def has_weight(self, call: Call) -> bool:
+        x, other, bias = self.operands(call)
+        simple = call.name != "addmm" or (len(call.node.args) + len(call.node.kwargs) == 3)
+        plain_bias = bias is None or len(shape_of(bias)) == 1
+        return (other.op == "get_attr" and len(shape_of(other)) == 2 and len(shape_of(x)) > 1) and (
+            simple and plain_bias
+        )
+
+    def geometry(self, call: Call) -> Geometry:
+        x, weight, bias = self.operands(call)
+        return Geometry(x, weight, bias, 1, channel=-1, weight_in=0, weight_out=1, at_border=False)
+
+    def makes(self, call: Call) -> Units | None:
+        return super().makes(call) if self.has_weight(call) else None
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
+        if self.has_weight(call):
+            return super().labels(call, axes, space)
+        a, b, bias = self.operands(call)
+        if bias is not None or len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
+            return OPAQUE.labels(call, axes, space)
+        space.tie(axes(a)[-1], axes(b)[-2], call.node, f"is summed over in {call.name}")
+        lead: Axes = ()
+        if len(call.shape) > 2:
+            lead = tie_broadcast([(a, axes(a)[:-2]), (b, axes(b)[:-2])], call, space)
+        return (*lead, axes(a)[-2], axes(b)[-1])
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        if self.has_weight(call):
+            return super().value(call, known)
+        a, b, bias = self.operands(call)
+        if bias is not None or len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
+            return None
+        zero = torch.zeros((), dtype=torch.bool)
+        for node, summed in ((a, -1), (b, -2)):
+            value = known.value(node)
+            if value is not None and value.is_floating_point():
+                zero = zero | (value == 0).all(summed, keepdim=True)
+        if not bool(zero.any()):
+            return None
+        return torch.where(zero, 0.0, torch.nan).double()
+
+    def live(self, call: Call, decision: Decision) -> np.ndarray | None:
+        return super().live(call, decision) if self.has_weight(call) else None
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        if self.has_weight(call):
+            yield from super().reads(call, known, live)
+            return
+        a, b, bias = self.operands(call)
+        if bias is not None or len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
+            return
+        yield from summed_reads(known, [(a, -1), (b, -2)])
+
+    def rewrite(self, call: Call, plan: PlanBuilder) -> None:
+        if self.has_weight(call):
+            super().rewrite(call, plan)
+
+
+def summed_reads(known: Knowledge, sides: list[tuple[fx.Node, int]]) -> Iterator[Read]:
+    """The reads of an axis that a product of several tensors sums over."""
+    needed = np.logical_and.reduce([~zero_positions(known, node, axis) for node, axis in sides])
+    for node, axis in sides:
+        labels = known.axis(node, axis)
+        if labels is not None:
+            yield Read(labels, needed)
+
+
+@rule("scaled_dot_product_attention")
+class Attention(Rule):
+    """softmax(q kᵀ · scale + mask) v: (…, heads, n, d), (…, heads, m, d), (…, heads, m, d_v)."""
+
+    def operands(self, call: Call) -> list[fx.Node]:
+        return [call.arg(0, "query"), call.arg(1, "key"), call.arg(2, "value")]
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
+        q, k, v = self.operands(call)
+        dims = space.tie(axes(q)[-1], axes(k)[-1], call.node, "is summed over in attention")
+        if call.arg(6, "scale") is None:
+            space.pin(dims, call.node, "sets the scale of attention by its number")
+        for node in (k, v):
+            space.pin(axes(node)[-2], call.node, "is a place that attention looks at")
+        mask = call.arg(3, "attn_mask")
+        lead = [(node, axes(node)[:-2]) for node in (q, k, v)]
+        if call.node.kwargs.get("enable_gqa"):
+            lead = [lead[0], *(self._repeated(each, lead[0], space, call) for each in lead[1:])]
+        if mask is not None:
+            space.pin_all(axes(mask)[-2:], call.node, "is a place that attention looks at")
+            lead.append((mask, axes(mask)[:-2]))
+        return (*tie_broadcast(lead, call, space), axes(q)[-2], axes(v)[-1])
+
+    def _repeated(
+        self, each: tuple[fx.Node, Axes], query: tuple[fx.Node, Axes], space: LabelSpace, call: Call
+    ) -> tuple[fx.Node, Axes]:
+        """Heads of k and v, each as often as query heads share it."""
+        node, axes = each
+        times = shape_of(query[0])[-3] // shape_of(node)[-3]
+        heads = axes[-1]
+        if heads is None and times > 1 and query[1][-1] is not None:
+            space.pin(query[1][-1], call.node, "shares fixed key heads")
+        return node, (*axes[:-1], None if heads is None else np.repeat(heads, times))
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        # The weights of each row sum up to 1: what is the same at all places comes out as it is.
+        value = known.value(self.operands(call)[2])
+        if value is None or value.shape[-2] > 1 or call.node.kwargs.get("enable_gqa"):
+            return None
+        masked = call.arg(3, "attn_mask") is not None  # a row that is all masked gives 0, or NaN
+        return torch.where(value == 0, value, torch.nan) if masked else value
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        q, k, _ = self.operands(call)
+        yield from summed_reads(known, [(q, -1), (k, -1)])
+
+
+@rule("einsum")
+class Einsum(Rule):
+    """Letters that come out pass, the others are summed over."""
+
+    def parts(self, call: Call) -> tuple[list[str], str, list[fx.Node]] | None:
+        """Letters of each operand, of the output, and the operands; None: too unusual."""
+        equation = call.arg(0, "equation")
+        given = call.node.args[1:]
+        operands = (
+            list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+        )
+        if not isinstance(equation, str) or "->" not in equation or "..." in equation:
+            return None
+        left, _, out = equation.replace(" ", "").partition("->")
+        letters = left.split(",")
+        if len(letters) != len(operands) or any(len(set(x)) != len(x) for x in (*letters, out)):
+            return None
+        return letters, out, list(operands)
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
+        parts = self.parts(call)
+        if parts is None:
+            return OPAQUE.labels(call, axes, space)
+        letters, out, operands = parts
+        found: dict[str, Axis] = {}
+        for names, node in zip(letters, operands, strict=True):
+            for name, axis, size in zip(names, axes(node), shape_of(node), strict=True):
+                if size == 1:
+                    continue
+                reason = f"is axis {name} of an einsum with a fixed size"
+                found[name] = (
+                    space.tie(found[name], axis, call.node, reason) if name in found else axis
+                )
+        return tuple(found.get(name) for name in out)
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        parts = self.parts(call)
+        if parts is None:
+            return
+        letters, out, operands = parts
+        for name in sorted({n for names in letters for n in names} - set(out)):
+            sides = [
+                (node, names.index(name) - len(names))
+                for names, node in zip(letters, operands, strict=True)
+                if name in names
+            ]
+            yield from summed_reads(known, sides)
+
+
+@rule("embedding")
+class Embedding(Rule):
+    """Rows of a table (entries, features) by number: the features pass, the entries stay."""
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        index, table = call.arg(0, "input"), call.arg(1, "weight")
+        space.pin_all(axes(index), call.node, "looks up an embedding")
+        space.pin(axes(table)[0], call.node, "is an entry of an embedding")
+        if call.arg(3, "max_norm") is not None:
+            space.pin(axes(table)[1], call.node, "is renormalised by an embedding")
+            return (None,) * len(call.shape)
+        return (*[None] * len(shape_of(index)), axes(table)[1])
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        table = call.arg(1, "weight")
+        if table.op != "get_attr":
+            return None
+        used = torch.from_numpy(known.pattern(table).any(0))
+        shape = [1] * (len(call.shape) - 1) + [-1]
+        return (
+            None if bool(used.all()) else torch.where(used, torch.nan, 0.0).double().reshape(shape)
+        )
+
+    def makes(self, call: Call) -> Units:
+        return Units(call.arg(1, "weight"), 1, -1, call.arg(0, "input"))
