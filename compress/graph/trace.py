@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,38 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
+    """What a run sets on the modules (caches, counters, with ``values`` buffers) is undone."""
+    containers = (list, dict, set)
+    saved = [
+        (module, dict(vars(module)), [(v, copy(v)) for v in vars(module).values()
+                                      if type(v) in containers and v])
+        for module in model.modules()
+    ]  # fmt: skip
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if values else []
+    try:
+        yield
+    finally:
+        for module, attributes, contents in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, content in contents:
+                _refill(container, content)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+@contextmanager
 def rng_kept() -> Iterator[None]:
     """Torch's random state, on every device in use, is the same after as before."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
@@ -388,7 +421,8 @@ def run_recorded(
         args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
     for index, tensor in enumerate(tensors_in((args, kwargs))):
         recorder.placeholder(index, tensor)
-    with torch.no_grad(), rng_kept(), _module_paths(model, recorder):
+    kept = state_kept(model, values=not on_meta)
+    with torch.no_grad(), rng_kept(), kept, _module_paths(model, recorder):
         for mode in (False, True) if training else (False,):
             with evaluating(model, mode):
                 if on_meta:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.graph.trace import as_arguments, evaluating, rng_kept, tensors_in
+from compress.graph.trace import as_arguments, evaluating, rng_kept, state_kept, tensors_in
 
 # Largest difference, relative to the largest output, that rounding explains.
 TOLERANCE = {
@@ -23,7 +23,7 @@ TOLERANCE = {
 def outputs_of(model: nn.Module, dummy_input: Any) -> list[torch.Tensor]:
     """All output tensors in eval mode, with a fixed seed; mode and random state as before."""
     args, kwargs = as_arguments(dummy_input)
-    with torch.no_grad(), evaluating(model), rng_kept():
+    with torch.no_grad(), state_kept(model, values=True), evaluating(model), rng_kept():
         torch.manual_seed(0)
         return [t.clone() for t in tensors_in(model(*args, **kwargs))]
 
