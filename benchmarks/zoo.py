@@ -72,6 +72,9 @@ def randomise(entry: Entry) -> None:
             if isinstance(mean, Tensor) and isinstance(var, Tensor):
                 mean += 0.3 * torch.randn_like(mean) * var.sqrt()
                 var *= torch.empty_like(var).uniform_(0.7, 1.4)
+                for name, buffer in module.named_buffers(recurse=False):  # a frozen norm
+                    if name in ("weight", "bias"):
+                        buffer.copy_(drawn(name, buffer))
 
 
 def drawn(name: str, parameter: Tensor) -> Tensor:
@@ -411,9 +414,11 @@ def measure(name: str, limit_s: float, limit_mb: float) -> Record:
             texts.append(file.read())
     record = last_record(texts[0]) | {"peak_mb": peak}
     if record.get("stage") != "done" and "failed" not in record:
-        record["failed"] = why or f"not done in {limit_s:.0f} s" * (process.returncode == 1)
-        record["failed"] = record["failed"] or f"ended with {process.returncode}"
-        record["traceback"] = texts[1].splitlines()[-60:]
+        lines = texts[1].strip().splitlines()
+        if why is None and "Timeout (" in texts[1]:
+            why = f"not done in {limit_s:.0f} s"
+        record["failed"] = why or (lines or [f"ended with {process.returncode}"])[-1]
+        record["traceback"] = lines[-60:]
     return record
 
 

@@ -148,12 +148,12 @@ def _detector(name: str, model: nn.Module) -> Entry:
 # Per module a small model. After a colon: the picture's size, then options for timm.create_model.
 TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "beit": ("beit_base_patch16_224", 224, {"depth": 3}),
-    "byoanet": ("halonet_h1", 128, {}),
+    "byoanet": ("halonet_h1", 256, {}),
     "byobnet": ("mobileone_s1", 96, {}),
     "cait": ("cait_xxs24_224", 224, {"depth": 6}),
     "coat": ("coat_tiny", 224, {}),
     "convit": ("convit_tiny", 224, {}),
-    "convmixer": ("convmixer_768_32", 96, {"depth": 8}),
+    "convmixer": ("convmixer_768_32", 96, {}),
     "convnext": ("convnext_atto", 96, {}),
     "cpubone": ("cpubone_nano", 128, {}),
     "crossvit": ("crossvit_tiny_240", 240, {}),
