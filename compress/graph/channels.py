@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.trace import Trace, record
-from compress.rules.registry import Call, Rule, no_axes, rule_for
+from compress.rules.registry import OPAQUE, Call, Rule, no_axes, rule_for
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,14 @@ class ChannelGraph:
             return self.axes[source][key]
         call = Call(node)
         rule = rule_for(call.name)
+        try:
+            axes = rule.labels(call, self.axes.__getitem__, self.space)
+        except Exception as error:
+            # A form of the call that the rule did not foresee must not stop the user: it stays.
+            rule, what = OPAQUE, f"confuses the rule for {call.name} ({type(error).__name__})"
+            axes = OPAQUE.labels(call, self.axes.__getitem__, self.space, what)
         self.steps.append(Step(call, rule))
-        return rule.labels(call, self.axes.__getitem__, self.space)
+        return axes
 
     # -- pins that experience adds ---------------------------------------------------------
 

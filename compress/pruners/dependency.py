@@ -62,13 +62,13 @@ def coupled_masks(
                                          if x.group == number) + 1e-9)
         for number, group in enumerate(targets.groups)
     }  # fmt: skip
-    chosen = _choose(layers, _unremovable(graph, roots, targets), shares)
-    _warn_of_untouched(layers, chosen, graph)
+    gone = _choose(layers, _unremovable(graph, roots, targets), shares)
+    _warn_of_untouched(layers, gone, graph)
     keep = {
-        layer.name: torch.from_numpy(~np.isin(layer.roots, chosen)).to(scores[layer.name].device)
+        layer.name: torch.from_numpy(~gone[layer.roots]).to(scores[layer.name].device)
         for layer in layers
     }
-    return keep, _following_masks(graph, roots, chosen)
+    return keep, _following_masks(graph, roots, gone)
 
 
 def _layer(
@@ -131,37 +131,38 @@ def _score_by_root(root: np.ndarray, layers: Iterable[_Layer]) -> np.ndarray:
 
 
 def _unremovable(graph: ChannelGraph, root: np.ndarray, targets: Targets) -> np.ndarray:
-    """Roots that are fixed, or that another layer makes which is not to be pruned."""
+    """Bool (labels,): roots that are fixed, or made by another layer that is not to be pruned."""
     names = {f"{t.name}.weight" if t.name else "weight" for t in targets}
     names |= {f"{name}.weight" for t in targets for name in t.tied}
-    fixed = [np.zeros(1, np.int64)]
+    fixed = np.zeros(len(root), bool)
+    fixed[0] = True
     for path, layer in graph.layers.items():
         if path not in names and not layer.follows:
-            fixed.append(root[layer.labels])
-    return np.unique(np.concatenate(fixed))
+            fixed[root[layer.labels]] = True
+    return fixed
 
 
 def _choose(layers: list[_Layer], fixed: np.ndarray, shares: dict[int, int]) -> np.ndarray:
-    """The roots to mask: the lowest scores first, while every layer concerned may lose them.
+    """Bool (labels,), the roots to mask: lowest scores first, while all their layers may lose them.
 
     ``shares`` holds, for each group of layers under one total sparsity, how many weights it may
     lose in all.
     """
     if not layers:
-        return np.zeros(0, np.int64)
+        return np.zeros(len(fixed), bool)
     owner = np.concatenate([np.full(len(x.roots), i) for i, x in enumerate(layers)])
     roots = np.concatenate([x.roots for x in layers])
     score = np.concatenate([x.scores for x in layers])
     atoms, index, counts = np.unique(roots, return_inverse=True, return_counts=True)
     mean = np.bincount(index, score) / counts
-    blocked = np.isin(atoms, fixed)
+    blocked = fixed[atoms]
     needs: list[list[tuple[int, int]]] = [[] for _ in atoms]  # (layer, how many of its units)
     pairs, numbers = np.unique(index * len(layers) + owner, return_counts=True)
     for pair, number in zip(pairs.tolist(), numbers.tolist(), strict=True):
         needs[pair // len(layers)].append((pair % len(layers), number))
     budget = [x.budget for x in layers]
     left = dict(shares)
-    chosen = []
+    gone = np.zeros(len(fixed), bool)
     for atom in np.argsort(mean, kind="stable").tolist():
         if blocked[atom] or any(number > budget[i] for i, number in needs[atom]):
             continue
@@ -172,8 +173,8 @@ def _choose(layers: list[_Layer], fixed: np.ndarray, shares: dict[int, int]) -> 
             budget[i] -= number
         for group, weight in weights.items():
             left[group] -= weight
-        chosen.append(atoms[atom])
-    return np.array(chosen, np.int64)
+        gone[atoms[atom]] = True
+    return gone
 
 
 def _weights_by_group(layers: list[_Layer], needs: list[tuple[int, int]]) -> dict[int, int]:
@@ -185,8 +186,8 @@ def _weights_by_group(layers: list[_Layer], needs: list[tuple[int, int]]) -> dic
     return weights
 
 
-def _warn_of_untouched(layers: list[_Layer], chosen: np.ndarray, graph: ChannelGraph) -> None:
-    untouched = [x.name for x in layers if x.budget > 0 and not np.isin(x.roots, chosen).any()]
+def _warn_of_untouched(layers: list[_Layer], gone: np.ndarray, graph: ChannelGraph) -> None:
+    untouched = [x.name for x in layers if x.budget > 0 and not gone[x.roots].any()]
     for name in untouched:
         labels = graph.layers.get(f"{name}.weight")
         reason = "runs in no way that the graph knows"
@@ -197,7 +198,7 @@ def _warn_of_untouched(layers: list[_Layer], chosen: np.ndarray, graph: ChannelG
         warnings.warn(f"dependency_aware masks nothing of {name!r}: it {reason}", stacklevel=2)
 
 
-def _following_masks(graph: ChannelGraph, root: np.ndarray, chosen: np.ndarray) -> Masks:
+def _following_masks(graph: ChannelGraph, root: np.ndarray, gone: np.ndarray) -> Masks:
     """Masks for all parameters along the chosen channels: norms, biases, scales, depthwise."""
     entries: dict[str, dict[str, torch.Tensor]] = {}
     for path, node in graph.trace.leaves.items():
@@ -206,12 +207,12 @@ def _following_masks(graph: ChannelGraph, root: np.ndarray, chosen: np.ndarray) 
             continue
         axes = {layer.axis: layer.labels} if layer else dict(enumerate(graph.axes[node]))
         for axis, labels in axes.items():
-            gone = None if labels is None else np.isin(root[labels], chosen)
-            if gone is None or not gone.any():
+            lost = None if labels is None else gone[root[labels]]
+            if lost is None or not lost.any():
                 continue
             shape = [1] * len(node.meta["shape"])
             shape[axis] = -1
-            keep = torch.from_numpy(~gone).reshape(shape).expand(node.meta["shape"])
+            keep = torch.from_numpy(~lost).reshape(shape).expand(node.meta["shape"])
             module, _, name = path.rpartition(".")
             entries.setdefault(module, {})[name] = keep.to(node.meta["tensor"].device)
     return Masks(entries)

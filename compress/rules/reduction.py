@@ -12,7 +12,8 @@ import torch
 
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.shapes import normal_axis
-from compress.rules.registry import Call, Rule, Value, no_axes, rule, shape_of
+from compress.rules.elementwise import tied_axes
+from compress.rules.registry import Call, Rule, Value, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -79,9 +80,7 @@ class Reduction(Rule):
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         if len(call.inputs) > 1:  # max(a, b)
-            for node in call.inputs:
-                space.pin_all(axes(node), call.node, f"goes through {call.name} of two tensors")
-            return no_axes(call.shape)
+            return tied_axes(call.inputs, axes, call, space)
         given, dims = list(axes(call.first)), self.dims(call)
         for dim in dims:
             space.pin(given[dim], call.node, f"is what {call.name} works over")
@@ -96,9 +95,10 @@ class Reduction(Rule):
         return tuple(axis for i, axis in enumerate(given) if i not in dims)
 
     def value(self, call: Call, known: Knowledge) -> Value:
-        value, dims = known.value(call.first), self.dims(call)
+        value = known.value(call.first)
         if value is None or call.name not in ("mean", "sum", "amax", "amin"):
             return None
+        dims = self.dims(call)
         if any(value.shape[d] > 1 for d in dims):
             return None
         if call.name == "sum":

@@ -136,9 +136,14 @@ class Rule:
 class Opaque(Rule):
     """A function without a rule: whatever touches it stays, and the report says so."""
 
-    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Any:
+    def labels(
+        self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace, reason: str = ""
+    ) -> Any:
+        reason = reason or f"goes through {call.name}, which has no rule"
         for node in call.inputs:
-            space.pin_all(axes(node), call.node, f"goes through {call.name}, which has no rule")
+            given = axes(node)
+            for each in given if given and isinstance(given[0], tuple) else (given,):
+                space.pin_all(each or (), call.node, reason)
         return no_axes(call.shape)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -99,7 +101,8 @@ class ModelSpeedup:
             raise SpeedupError("this model has been sped up; make a new ModelSpeedup to go on")
         suspended = suspend_masks(self.model)
         try:
-            self._shrink(suspended.masks & self._given)
+            with _collector_paused():
+                self._shrink(suspended.masks & self._given)
         except BaseException:
             suspended.restore()
             raise
@@ -203,6 +206,18 @@ class ModelSpeedup:
                 "in eval mode, or change its own state? verify=False skips this check."
             )
         return off
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No full garbage collections over all of torch while thousands of nodes are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check_arguments(model: Any, constants: str, round_to: int, min_channels: int) -> None:
