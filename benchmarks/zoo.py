@@ -298,8 +298,7 @@ class Run:
         self.note(stage=f"{mode}: compare in float64", **{mode: found})
         if not isinstance(found["error"], float) or found["error"] > EXACT[torch.float32]:
             found["rounding"] = self.rounding(reference)
-            found["error64"] = self.compare(reference.double(), small.double(), doubled)
-            small.float()
+            found["error64"] = self.in_float64(masks)
         self.note(stage=f"{mode}: train", **{mode: found})
         found["trains"] = self.train(small)
         self.note(**{mode: found})
@@ -330,6 +329,18 @@ class Run:
             return relative_error(expected, evaluate(small, inputs))
         except Exception as error:
             return f"does not run: {line_of(error)}"
+
+    def in_float64(self, masks: Any) -> float | str:
+        """The error where all of it, the speedup too, is in float64."""
+        from compress import ModelSpeedup
+
+        model = copy.deepcopy(self.entry.model).double()
+        reference = masked_copy(model, masks)
+        try:
+            ModelSpeedup(model, doubled(self.dummy), masks, verify=False).speedup_model()
+        except Exception as error:
+            return line_of(error)
+        return self.compare(reference, model, doubled)
 
     def rounding(self, reference: nn.Module) -> float | str:
         """How far the reference moves when its weights move by the last bit."""
