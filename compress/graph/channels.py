@@ -106,16 +106,17 @@ class ChannelGraph:
                     self.space.pin_all(several, node, reason)
         else:
             self.space.pin_all((self.axes[node][i] for i in axes), node, reason)
-        return self._renew()
+        return self.renew()
 
     def pin_everything(self, reason: str) -> None:
         """Keep every axis of every tensor: the model cannot shrink."""
         for node in self.trace.nodes:
             for axes in _each(self.axes[node]):
                 self.space.pin_all(axes, node, reason)
-        self._renew()
+        self.renew()
 
-    def _renew(self) -> bool:
+    def renew(self) -> bool:
+        """Join the labels anew after pins and ties were added; returns whether that changed any."""
         before, self.root = self.root, self.space.roots()
         self.__dict__.pop("nearest_pin", None)
         return not np.array_equal(before, self.root)

@@ -178,11 +178,10 @@ class PlanBuilder:
             return
         self._attributes[call.module, name] = Attribute(call.module, name, old, new)
 
-    def add_attributes(self, several: Iterable[list[Attribute]]) -> None:
+    def add_attributes(self, attributes: Iterable[Attribute]) -> None:
         """Set further attributes, where no rule has set them."""
-        for attributes in several:
-            for attribute in attributes:
-                self._attributes.setdefault((attribute.module, attribute.name), attribute)
+        for attribute in attributes:
+            self._attributes.setdefault((attribute.module, attribute.name), attribute)
         self.plan.attributes = list(self._attributes.values())
 
     # -- the sizes that torch's own modules show -------------------------------------------

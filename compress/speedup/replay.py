@@ -12,11 +12,9 @@ from typing import Any
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from compress.graph.channels import ChannelGraph, location
 from compress.graph.trace import Recorder, run_recorded
-from compress.rules.registry import Call, rule_for
+from compress.rules.registry import rule_for
 from compress.speedup.decide import Decision
-from compress.speedup.plan import Attribute
 
 
 @dataclass(frozen=True)
@@ -89,34 +87,3 @@ def _difference(decision: Decision, before: fx.Node, after: fx.Node) -> str:
 
 def _numbers(node: fx.Node) -> list[float]:
     return [v for v in tree_leaves((node.args, node.kwargs)) if isinstance(v, (int, float))]
-
-
-def pin_sizes(decision: Decision, mismatch: Mismatch) -> None:
-    """Keep the sizes that the code at a mismatch has as numbers; if that is no news, keep all."""
-    graph, node = decision.graph, mismatch.node
-    given = rule_for(node.meta["name"]).given_sizes(Call(node))
-    expected = expected_shape(decision, node)
-    axes = [i for i, size in given.items() if size != expected[i]]
-    reason = f"has its size as a number in the code ({mismatch.got})"
-    if axes and graph.pin(node, axes, reason):
-        return
-    if not graph.pin(node, None, reason):
-        graph.pin_everything(f"{reason}: {location(node)}")
-
-
-def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) -> list[Attribute]:
-    """Integer attributes of the module a call ran in that hold a size which the plan changes."""
-    changed: dict[int, int] = {}
-    for each in (node, *node.all_input_nodes):
-        sizes = zip(_flat(each.meta["shape"]), _flat(expected_shape(decision, each)), strict=True)
-        changed |= {old: new for old, new in sizes if old != new}
-    module = graph.model.get_submodule(node.meta["module"])
-    return [
-        Attribute(node.meta["module"], name, value, changed[value])
-        for name, value in vars(module).items()
-        if type(value) is int and value in changed and not name.startswith("_")
-    ]
-
-
-def _flat(shape: Any) -> list[int]:
-    return [s for s in tree_leaves(shape) if s is not None]

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from compress.errors import SpeedupError, VerificationError
-from compress.graph.channels import ChannelGraph, location
+from compress.graph.channels import ChannelGraph
 from compress.graph.trace import leaves_of
 from compress.masks import Masks, suspend_masks
 from compress.speedup.decide import Decision, Limits
+from compress.speedup.follow import Follower
 from compress.speedup.knowledge import Knowledge
-from compress.speedup.plan import Attribute, Plan, PlanBuilder
-from compress.speedup.replay import Mismatch, matching_attributes, needs_replay, pin_sizes, replay
+from compress.speedup.plan import Plan, PlanBuilder
+from compress.speedup.replay import needs_replay, replay
 from compress.speedup.report import Report, make_report
 from compress.speedup.surgery import apply_plan
 from compress.speedup.verify import largest_error, outputs_of, tolerance_for
@@ -152,32 +153,21 @@ class ModelSpeedup:
         self, graph: ChannelGraph, knowledge: Knowledge, always_replay: bool
     ) -> tuple[Callable[[], None], Decision, Plan, bool]:
         """Decide, plan and cut; where the model's own code cannot follow, pin and begin again."""
-        tried: dict[Mismatch, list[Attribute]] = {}
+        follower = Follower(graph)
         while True:
             decision = Decision(knowledge, self.limits)
             builder = PlanBuilder(decision)
             if builder.unset:
-                reason = "has its size as a number in the code"
-                if not any([graph.pin(node, None, reason) for node in builder.unset]):  # noqa: C419
-                    graph.pin_everything(f"{reason}: {location(builder.unset[0])}")
+                follower.pin_unset(builder.unset)
                 continue
-            builder.add_attributes(tried.values())
+            builder.add_attributes(follower.attributes)
             undo = apply_plan(self.model, builder.plan, knowledge.masks)
             replays = always_replay or needs_replay(decision)
             mismatch = replay(self.model, self.dummy_input, decision) if replays else None
             if mismatch is None:
                 return undo, decision, builder.plan, replays
             undo()
-            attributes = matching_attributes(graph, decision, mismatch.node)
-            known = {a for several in tried.values() for a in several}
-            last = next(reversed(tried), None)
-            if last is not None and mismatch.index <= last.index:
-                del tried[last]  # these attributes serve others too
-                pin_sizes(decision, last)
-            elif set(attributes) - known:
-                tried[mismatch] = [a for a in attributes if a not in known]
-            else:
-                pin_sizes(decision, mismatch)
+            follower.answer(decision, mismatch)
 
     def _differs(self, expected: list[torch.Tensor] | None) -> bool:
         try:

@@ -1,0 +1,131 @@
+"""Make the model's own code follow a plan: set the attributes it counts with, or keep the sizes.
+
+A forward that says ``view(b, n, -1, self.head_dim)`` follows when ``head_dim`` is set. Where one
+attribute serves several tensors, they must keep equally many; where the size is a literal in the
+source, it stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from compress.graph.channels import ChannelGraph, location
+from compress.graph.labels import Axis, EqualParts
+from compress.rules.registry import Call, rule_for
+from compress.speedup.decide import Decision
+from compress.speedup.plan import Attribute
+from compress.speedup.replay import Mismatch, expected_shape
+
+_REASON = "has its size as a number in the code"
+
+
+class Follower:
+    """Answers to the mismatches of one speedup, remembered from try to try.
+
+    ``attributes`` are what is set for now, each with the call that it was set for.
+    """
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self.graph = graph
+        self._tried: dict[tuple[str, str], tuple[Attribute, fx.Node]] = {}
+        self._hopeless: set[fx.Node] = set()
+        self._coupled: set[tuple[tuple[str, str], fx.Node, fx.Node]] = set()
+
+    @property
+    def attributes(self) -> list[Attribute]:
+        return [attribute for attribute, _ in self._tried.values()]
+
+    def pin_unset(self, nodes: list[fx.Node]) -> None:
+        """Keep what needs a number that no attribute holds."""
+        news = [self.graph.pin(node, None, _REASON) for node in nodes]
+        if not any(news):
+            self.graph.pin_everything(f"{_REASON}: {location(nodes[0])}")
+
+    def answer(self, decision: Decision, mismatch: Mismatch) -> None:
+        """Change what is set, or what may go, so that the next try gets further."""
+        node = mismatch.node
+        if node not in self._hopeless:
+            wanted = matching_attributes(self.graph, decision, node)
+            if self._set(wanted, node) or self._couple(wanted, node):
+                return
+            self._hopeless.add(node)
+            self._tried = {key: t for key, t in self._tried.items() if t[1] is not node}
+        if not _pin_sizes(decision, mismatch):
+            self._tried.clear()
+            if not self.graph.pin(node, None, f"{_REASON} ({mismatch.got})"):
+                self.graph.pin_everything(f"{_REASON} ({mismatch.got}): {location(node)}")
+
+    def _set(self, wanted: list[Attribute], node: fx.Node) -> bool:
+        """Set attributes that are not set yet, or were set to something else for this call."""
+        news = False
+        for attribute in wanted:
+            key = (attribute.module, attribute.name)
+            old = self._tried.get(key)
+            if old is None or (old[1] is node and old[0] != attribute):
+                self._tried[key] = attribute, node
+                news = True
+        return news
+
+    def _couple(self, wanted: list[Attribute], node: fx.Node) -> bool:
+        """Where an attribute was set for another call, let both keep equally many."""
+        module = node.meta["module"]
+        names = {(a.module, a.name) for a in wanted}
+        for key, (attribute, other) in list(self._tried.items()):
+            if other is node or (key not in names and key[0] != module):
+                continue
+            if (key, other, node) in self._coupled:
+                continue
+            self._coupled.add((key, other, node))
+            if self._equalise(other, node, attribute.old):
+                del self._tried[key]
+                return True
+        return False
+
+    def _equalise(self, one: fx.Node, other: fx.Node, size: int) -> bool:
+        left, right = self._counted_axis(one, size), self._counted_axis(other, size)
+        if left is None or right is None:
+            fixed = self.graph.space.tie(left, right, other, _REASON)
+            assert fixed is None
+            return self.graph.renew()
+        self.graph.space.equal_parts.append(EqualParts(np.stack([left, right]), other))
+        return True
+
+    def _counted_axis(self, node: fx.Node, size: int) -> Axis:
+        """The axis of a call's output whose size the caller gave as ``size``."""
+        for axis, given in rule_for(node.meta["name"]).given_sizes(Call(node)).items():
+            if given == size and node.meta["shape"][axis] == size:
+                return self.graph.axis(node, axis)
+        return None
+
+
+def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) -> list[Attribute]:
+    """Integer attributes of the module a call ran in that hold a size which the plan changes."""
+    changed: dict[int, int] = {}
+    for each in (node, *node.all_input_nodes):
+        sizes = zip(_flat(each.meta["shape"]), _flat(expected_shape(decision, each)), strict=True)
+        changed |= {old: new for old, new in sizes if old != new}
+    module = graph.model.get_submodule(node.meta["module"])
+    found = [
+        Attribute(node.meta["module"], name, value, changed[value])
+        for name, value in vars(module).items()
+        if type(value) is int and value in changed and not name.startswith("_")
+    ]
+    given = rule_for(node.meta["name"]).given_sizes(Call(node)).values()
+    return [attribute for attribute in found if attribute.old in given] or found
+
+
+def _flat(shape: Any) -> list[int]:
+    return [s for s in tree_leaves(shape) if s is not None]
+
+
+def _pin_sizes(decision: Decision, mismatch: Mismatch) -> bool:
+    """Keep the axes whose sizes the code gives by number; returns whether that was news."""
+    node = mismatch.node
+    given = rule_for(node.meta["name"]).given_sizes(Call(node))
+    expected = expected_shape(decision, node)
+    axes = [i for i, size in given.items() if size != expected[i]]
+    return bool(axes) and decision.graph.pin(node, axes, f"{_REASON} ({mismatch.got})")
