@@ -149,7 +149,9 @@ def flat_tensors(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [t for member in value or () for t in flat_tensors(member)]
+    if not isinstance(value, (list, tuple)):
+        return []
+    return [t for member in value for t in flat_tensors(member)]
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -161,8 +163,9 @@ def assert_same_outputs(expected: list[Tensor], got: list[Tensor], tolerance: fl
     assert [t.shape for t in expected] == [t.shape for t in got]
     for a, b in zip(expected, got, strict=True):
         assert torch.equal(a.isfinite(), b.isfinite())
-        difference = (a - b)[a.isfinite()].abs().double()
-        scale = float(a[a.isfinite()].abs().double().max()) if len(difference) else 0.0
+        a, b = a.detach().double(), b.detach().double()
+        difference = (a - b)[a.isfinite()].abs()
+        scale = float(a[a.isfinite()].abs().max()) if len(difference) else 0.0
         largest = float(difference.max()) if len(difference) else 0.0
         assert largest <= tolerance * max(scale, 1e-2), f"off by {largest:.2e} of {scale:.2e}"
 
