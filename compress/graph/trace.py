@@ -305,8 +305,15 @@ def _source() -> tuple[str, int] | None:
 # -- running -------------------------------------------------------------------------------
 
 
-def as_arguments(dummy_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a tuple (or list) of arguments, or a dict of keyword arguments, as a call."""
+def as_arguments(
+    dummy_input: Any, each: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple (or list) of arguments, or a dict of keyword arguments, as a call.
+
+    ``each`` is applied to every tensor: a model may write on its input, and the user's must not
+    change.
+    """
+    dummy_input = tree_map_only(torch.Tensor, each, dummy_input)
     if isinstance(dummy_input, Mapping):
         return (), dict(dummy_input)
     if isinstance(dummy_input, (tuple, list)):
@@ -416,9 +423,7 @@ def run_recorded(
         recorder.announce(path, stand_ins[path], tensor, kind)
     for path, tensor in _plain_tensors(model):
         recorder.announce(path, tensor, tensor, "constant")
-    args, kwargs = as_arguments(dummy_input)
-    if on_meta:
-        args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+    args, kwargs = as_arguments(dummy_input, _to_meta if on_meta else torch.clone)
     for index, tensor in enumerate(tensors_in((args, kwargs))):
         recorder.placeholder(index, tensor)
     kept = state_kept(model, values=not on_meta)

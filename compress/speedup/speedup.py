@@ -93,7 +93,8 @@ class ModelSpeedup:
     def masks(self) -> Masks:
         """The masks of what is left, shaped like the small model's parameters."""
         if self._masks is None:
-            self._masks = _remaining(self._masks_before, self.plan, self.model)
+            plan = _done(self._plan, "masks")
+            self._masks = _remaining(self._masks_before, plan, self.model)
         return self._masks
 
     def speedup_model(self) -> nn.Module:
@@ -222,7 +223,7 @@ def _check_arguments(model: Any, constants: str, round_to: int, min_channels: in
 
 def _done(value: T | None, name: str) -> T:
     if value is None:
-        raise SpeedupError(f"there is no {name} yet: call speedup_model() first")
+        raise SpeedupError(f"{name}: nothing yet; call speedup_model() first")
     return value
 
 
