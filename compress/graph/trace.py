@@ -124,8 +124,8 @@ class Recorder(TorchFunctionMode):
         self.partial = False
         self.module_path = ""
         self._nodes: dict[int, fx.Node] = {}
-        self._alive: list[torch.Tensor] = []  # an id stays unique while its tensor lives
-        self._views: dict[int, list[torch.Tensor]] = {}
+        # Every tensor, by its memory (views, detached ones); an id is unique while its tensor lives.
+        self._sharing: dict[int, list[torch.Tensor]] = {}
         self._written: dict[int, fx.Node] = {}
         self._announced: dict[int, tuple[str, torch.Tensor, str]] = {}
 
@@ -133,8 +133,8 @@ class Recorder(TorchFunctionMode):
 
     def announce(self, path: str, stand_in: torch.Tensor, tensor: torch.Tensor, kind: str) -> None:
         """Name a parameter or buffer; its node is made when it is first used."""
-        self._alive.append(stand_in)
         self._announced[id(stand_in)] = (path, tensor, kind)
+        self._sharing.setdefault(_memory(stand_in), []).append(stand_in)
 
     def placeholder(self, index: int, stand_in: torch.Tensor) -> None:
         node = self.graph.placeholder(f"input_{index}")
@@ -192,10 +192,7 @@ class Recorder(TorchFunctionMode):
         node.meta["dtype"] = tensor.dtype
         self._nodes[id(tensor)] = node
         self._written.pop(id(tensor), None)
-        self._alive.append(tensor)
-        base = tensor._base
-        if base is not None:
-            self._views.setdefault(id(base), [base]).append(tensor)
+        self._sharing.setdefault(_memory(tensor), []).append(tensor)
 
     def _register_many(self, node: fx.Node, result: Any) -> None:
         items = list(result.values() if isinstance(result, Mapping) else result)
@@ -211,8 +208,7 @@ class Recorder(TorchFunctionMode):
 
     def _write(self, node: fx.Node, tensor: torch.Tensor) -> None:
         """``tensor`` was written in place: now it is ``node``; what shares its memory is stale."""
-        base = tensor if tensor._base is None else tensor._base
-        for other in self._views.get(id(base), [base]):
+        for other in self._sharing.get(_memory(tensor), ()):
             if other is not tensor:
                 self._written[id(other)] = node
         self._register(node, tensor)
@@ -245,7 +241,8 @@ class Recorder(TorchFunctionMode):
         node.meta["shape"] = tuple(tensor.shape)
         node.meta["dtype"] = tensor.dtype
         self._nodes[id(tensor)] = node
-        self._alive.append(tensor)
+        if kind == "unseen":
+            self._sharing.setdefault(_memory(tensor), []).append(tensor)
         return node
 
     def _as_nodes(self, value: Any) -> Any:
@@ -271,6 +268,14 @@ class Recorder(TorchFunctionMode):
         for node in self.graph.nodes:
             if node.op == "call_function" and not node.users and node not in used:
                 self.outputs.append(node)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What tensors that share memory have in common; on meta as well."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other exotic layouts
+        return id(tensor)
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:

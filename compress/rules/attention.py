@@ -215,6 +215,23 @@ class Einsum(Rule):
                 )
         return tuple(found.get(name) for name in out)
 
+    def value(self, call: Call, known: Knowledge) -> Value:
+        parts = self.parts(call)
+        if parts is None:
+            return None
+        letters, out, operands = parts
+        zero = torch.zeros((), dtype=torch.bool)
+        for names, node in zip(letters, operands, strict=True):
+            value = known.value(node)
+            if value is None or not value.is_floating_point():
+                continue
+            passing = [names.index(name) for name in out if name in names]
+            summed = [i for i in range(len(names)) if i not in passing]
+            moved = (value == 0).permute([*passing, *summed]).flatten(len(passing))
+            shape = [value.shape[names.index(name)] if name in names else 1 for name in out]
+            zero = zero | (moved.all(-1) if summed else moved).reshape(shape)
+        return torch.where(zero, 0.0, torch.nan).double() if bool(zero.any()) else None
+
     def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
         parts = self.parts(call)
         if parts is None:

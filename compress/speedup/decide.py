@@ -18,6 +18,8 @@ from compress.graph.labels import EqualParts, Grid, Labels
 from compress.rules.registry import Read, Rule
 from compress.speedup.knowledge import Knowledge
 
+_CELL = "is where a kept row and a kept column meet at"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -116,11 +118,11 @@ class Decision:
 
     def _close_grid(self, grid: Grid) -> bool:
         cells = self.kept(grid.cells)
-        where = "is a cell of a kept row and column at"
+        where = "has a kept cell at"
         changed = self._restore(grid.rows[cells.any(1)], where, grid.node)
         changed |= self._restore(grid.columns[cells.any(0)], where, grid.node)
         wanted = self.kept(grid.rows)[:, None] & self.kept(grid.columns)
-        return self._restore(grid.cells[wanted], where, grid.node) or changed
+        return self._restore(grid.cells[wanted], _CELL, grid.node) or changed
 
     def _equalise(self, equal: EqualParts) -> bool:
         kept = self.kept(equal.parts)
@@ -196,6 +198,15 @@ class Decision:
         pins = -1 - self.graph.nearest_pin[labels]
         return np.asarray(np.where(roots == 0, pins, self._blame[roots]))
 
+    def _line_reason(self, label: int) -> str:
+        """Why the column (or else the row) of a grid's cell stays."""
+        for grid in self.graph.space.grids:
+            for row, column in np.argwhere(self.root[grid.cells] == self.root[label])[:1].tolist():
+                for name, line in (("column", grid.columns[column]), ("row", grid.rows[row])):
+                    if self._reasons[self._blame[self.root[line]]][0] != "has a kept cell at":
+                        return f": its {name} {self.reason(int(line))}"
+        return ""
+
     def reason(self, label: int) -> str | None:
         """Why a label stays (a clause that follows "it"), or None if it goes."""
         root = int(self.root[label])
@@ -203,7 +214,8 @@ class Decision:
             return None
         if root != 0:
             reason, node = self._reasons[self._blame[root]]
-            return reason if node is None else f"{reason} {location(node)}"
+            text = reason if node is None else f"{reason} {location(node)}"
+            return text if reason != _CELL else text + self._line_reason(label)
         return self.graph.pin_reason(label)
 
 
