@@ -124,7 +124,7 @@ class Recorder(TorchFunctionMode):
         self.partial = False
         self.module_path = ""
         self._nodes: dict[int, fx.Node] = {}
-        # Every tensor, by its memory (views, detached ones); an id is unique while its tensor lives.
+        # Every tensor by its memory (views, detached ones); ids are unique while tensors live.
         self._sharing: dict[int, list[torch.Tensor]] = {}
         self._written: dict[int, fx.Node] = {}
         self._announced: dict[int, tuple[str, torch.Tensor, str]] = {}
@@ -273,7 +273,7 @@ class Recorder(TorchFunctionMode):
 def _memory(tensor: torch.Tensor) -> int:
     """What tensors that share memory have in common; on meta as well."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and other exotic layouts
         return id(tensor)
 

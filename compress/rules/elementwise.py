@@ -15,7 +15,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from compress.graph.labels import Axes, Axis, LabelSpace
-from compress.rules.registry import Call, Rule, Value, rule, shape_of
+from compress.rules.registry import OPAQUE, Call, Rule, Value, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -46,6 +46,12 @@ _SWAPPED: dict[str, Callable[..., Any]] = {
     "float_power": torch.float_power,
     "positive": torch.positive,
     "subtract": torch.subtract,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "rand": operator.and_,
+    "ror": operator.or_,
+    "invert": operator.invert,
 }
 _PRODUCTS = frozenset("mul multiply imul rmul".split())
 _QUOTIENTS = frozenset("div divide true_divide truediv itruediv idiv".split())
@@ -88,9 +94,9 @@ def function_of(call: Call) -> Callable[..., Any]:
     if call.name in _SWAPPED:
         return _SWAPPED[call.name]
     for home in (torch, F, operator, torch.Tensor):
-        found = getattr(home, call.name, None)
+        found: Callable[..., Any] | None = getattr(home, call.name, None)
         if found is not None:
-            return found  # type: ignore[no-any-return]
+            return found
     raise AttributeError(call.name)
 
 
@@ -110,7 +116,7 @@ def run_on_values(call: Call, known: Knowledge) -> Value:
             return None
         if value.is_floating_point():
             unknown = unknown | value.isnan()
-            value = value.nan_to_num()
+            value = torch.where(value.isnan(), 0.0, value)
         filled[node] = value
     args = fx.node.map_arg(call.node.args, lambda n: filled[n])
     kwargs = fx.node.map_arg(call.node.kwargs, lambda n: filled[n])
@@ -133,6 +139,8 @@ class Elementwise(Rule):
     positional = True
 
     def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
+        if call.shape and not isinstance(call.shape[0], int):  # where(condition) alone
+            return OPAQUE.labels(call, axes, space)
         return tied_axes(call.inputs, axes, call, space)
 
     def value(self, call: Call, known: Knowledge) -> Value:
@@ -147,8 +155,16 @@ class Elementwise(Rule):
 
 
 def _zero_times_unknown(call: Call, known: Knowledge, result: Value) -> Value:
-    """A factor that is 0 makes the product 0 whatever the other is (but a divisor does not)."""
-    factors = call.node.args[:1] if call.name in _QUOTIENTS else call.node.args[:2]
+    """A factor that is 0 makes the product 0 whatever the other is.
+
+    A quotient is 0 only if its divisor is certainly not 0: a number, or something known.
+    """
+    factors = call.node.args[:2]
+    if call.name in _QUOTIENTS:
+        divisor = call.node.args[1] if len(factors) > 1 else 0
+        value = known.value(divisor) if isinstance(divisor, fx.Node) else torch.tensor(divisor)
+        certain = value is not None and bool(((value != 0) & ~value.isnan()).all())
+        factors = factors[:1] if certain else ()
     for factor in factors:
         value = known.value(factor) if isinstance(factor, fx.Node) else None
         if value is None or not bool((value == 0).any()):

@@ -175,6 +175,9 @@ class Split(Rule):
     def dim(self, call: Call) -> int:
         return normal_axis(call.arg(2, "dim", 0), len(shape_of(call.first)))
 
+    def part_sizes(self, call: Call, shapes: Any) -> list[int]:
+        return [shape[self.dim(call)] for shape in shapes]
+
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> tuple[Axes, ...]:
         given, dim = axes(call.first), self.dim(call)
         axis = given[dim]

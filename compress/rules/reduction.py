@@ -71,7 +71,7 @@ class Reduction(Rule):
         ndim = len(shape_of(call.first))
         at = {"norm": 2, "normalize": 2, "topk": 2, "logsumexp": 1}.get(call.name, 1)
         default: Any = {"topk": -1, "sort": -1, "argsort": -1, "normalize": 1}.get(call.name)
-        dim = call.arg(at, "dim", call.node.kwargs.get("axis", default))
+        dim = call.arg(at, "dim", default)
         if isinstance(dim, bool):  # var(x, unbiased)
             dim = None
         if dim is None or dim == ():

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 Value = torch.Tensor | None  # compact, NaN where unknown; None: nothing is known
 
 
+# torch also takes numpy's names for some arguments.
+_NUMPY_NAMES = {"dim": "axis", "keepdim": "keepdims", "input": "x", "other": "x2"}
+
+
 class Call:
     """One recorded call, with its arguments found by position or by name."""
 
@@ -32,8 +36,10 @@ class Call:
         self.name: str = node.meta["name"]
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
-        args = self.node.args
-        return args[index] if index < len(args) else self.node.kwargs.get(name, default)
+        args, kwargs = self.node.args, self.node.kwargs
+        if index < len(args):
+            return args[index]
+        return kwargs.get(name, kwargs.get(_NUMPY_NAMES.get(name, name), default))
 
     @property
     def first(self) -> fx.Node:
@@ -108,6 +114,10 @@ class Rule:
     def given_sizes(self, call: Call) -> dict[int, int]:
         """Output axes whose sizes the caller gives by number, with these numbers."""
         return {}
+
+    def part_sizes(self, call: Call, shapes: Any) -> list[int]:
+        """For calls that take a list of sizes: that list, for outputs of these shapes."""
+        return []
 
     def makes(self, call: Call) -> Units | None:
         """For calls that make new units (channels, features) with a weight: where they lie."""

@@ -103,18 +103,30 @@ class Follower:
 
 
 def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) -> list[Attribute]:
-    """Integer attributes of the module a call ran in that hold a size which the plan changes."""
+    """Attributes of the module a call ran in that hold a size (or sizes) which the plan changes."""
     changed: dict[int, int] = {}
     for each in (node, *node.all_input_nodes):
         sizes = zip(_flat(each.meta["shape"]), _flat(expected_shape(decision, each)), strict=True)
         changed |= {old: new for old, new in sizes if old != new}
-    module = graph.model.get_submodule(node.meta["module"])
+    call, rule, path = Call(node), rule_for(node.meta["name"]), node.meta["module"]
+    members = {k: v for k, v in vars(graph.model.get_submodule(path)).items() if k[:1] != "_"}
+    parts = rule.part_sizes(call, node.meta["shape"])
+    if parts:
+        after = rule.part_sizes(call, expected_shape(decision, node))
+        lists = {k: type(v) for k, v in members.items() if type(v) in (list, tuple)}
+        several = [
+            Attribute(path, name, members[name], kind(after))
+            for name, kind in lists.items()
+            if members[name] == kind(parts)
+        ]
+        if several:
+            return several
     found = [
-        Attribute(node.meta["module"], name, value, changed[value])
-        for name, value in vars(module).items()
-        if type(value) is int and value in changed and not name.startswith("_")
+        Attribute(path, name, value, changed[value])
+        for name, value in members.items()
+        if type(value) is int and value in changed
     ]
-    given = rule_for(node.meta["name"]).given_sizes(Call(node)).values()
+    given = rule.given_sizes(call).values()
     return [attribute for attribute in found if attribute.old in given] or found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,9 @@ class Knowledge:
         self._unread: dict[tuple[fx.Node, int], np.ndarray | None] = {}
         self._outputs = set(graph.trace.outputs)
         for step in graph.steps:
-            self._values[step.call.node] = step.rule.value(step.call, self)
+            # A form of a call that a rule did not foresee: nothing is known of its output.
+            with suppress(Exception):
+                self._values[step.call.node] = step.rule.value(step.call, self)
 
     # -- leaves ----------------------------------------------------------------------------
 

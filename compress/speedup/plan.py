@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,12 +66,12 @@ class Carry:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of a module (``groups``, ``num_features``) that takes a new value."""
+    """An attribute of a module (``groups``, ``split_sizes``) that takes a new value."""
 
     module: str
     name: str
-    old: int
-    new: int
+    old: Any
+    new: Any
 
 
 @dataclass

@@ -6,12 +6,13 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from compress.errors import SpeedupError, VerificationError
+from compress.errors import SpeedupError
 from compress.graph.channels import ChannelGraph
 from compress.graph.trace import leaves_of
 from compress.masks import Masks, suspend_masks
@@ -22,10 +23,20 @@ from compress.speedup.plan import Plan, PlanBuilder
 from compress.speedup.replay import needs_replay, replay
 from compress.speedup.report import Report, make_report
 from compress.speedup.surgery import apply_plan
-from compress.speedup.verify import largest_error, outputs_of, tolerance_for
+from compress.speedup.verify import Verifier
 
 T = TypeVar("T")
 MaskSource = Masks | Mapping[str, Mapping[str, torch.Tensor]] | str | os.PathLike[str]
+
+
+@dataclass
+class _Cut:
+    """A cut that has been made, and how to undo it; ``replayed``: the code was seen to follow."""
+
+    undo: Callable[[], None]
+    decision: Decision
+    plan: Plan
+    replayed: bool
 
 
 class ModelSpeedup:
@@ -116,18 +127,24 @@ class ModelSpeedup:
         graph = ChannelGraph(self.model, self.dummy_input)
         flat = self._by_leaf(masks)
         before = {path: tuple(t.shape) for path, t, _ in leaves_of(self.model)}
-        expected = self._masked_outputs(flat)
+        verifier = Verifier(self.model, self.dummy_input, flat) if self.verify else None
         knowledge = Knowledge(graph, flat, self.constants)
-        undo, decision, plan, replayed = self._cut(graph, knowledge, False)
-        if not replayed and self._differs(expected):
-            undo()  # something in the code counts, though nothing showed it: look at every call
-            undo, decision, plan, _ = self._cut(graph, knowledge, True)
+        cut = self._cut(graph, knowledge, False)
         try:
-            error = self._check(expected)
-            self._report = make_report(decision, plan, flat, before, error)
-            self._plan, self._masks_before = plan, masks
+            error = None
+            if verifier is not None:
+                error, problem = verifier.compare()
+                if problem and not cut.replayed:
+                    # Something in the code counts, though nothing showed it: look at every call.
+                    cut.undo()
+                    cut = self._cut(graph, knowledge, True)
+                    error, problem = verifier.compare()
+                if problem and self.constants == "exact":
+                    cut.undo = verifier.accept_or_raise(cut.undo, cut.plan, error, problem)
+            self._report = make_report(cut.decision, cut.plan, flat, before, error)
+            self._plan, self._masks_before = cut.plan, masks
         except BaseException:
-            undo()
+            cut.undo()
             raise
 
     def _by_leaf(self, masks: Masks) -> dict[str, torch.Tensor]:
@@ -141,18 +158,7 @@ class ModelSpeedup:
             result[path] = mask & result[path] if path in result else mask
         return result
 
-    def _masked_outputs(self, flat: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
-        if not self.verify:
-            return None
-        undo = apply_plan(self.model, Plan(), flat)
-        try:
-            return outputs_of(self.model, self.dummy_input)
-        finally:
-            undo()
-
-    def _cut(
-        self, graph: ChannelGraph, knowledge: Knowledge, always_replay: bool
-    ) -> tuple[Callable[[], None], Decision, Plan, bool]:
+    def _cut(self, graph: ChannelGraph, knowledge: Knowledge, always_replay: bool) -> _Cut:
         """Decide, plan and cut; where the model's own code cannot follow, pin and begin again."""
         follower = Follower(graph)
         while True:
@@ -166,37 +172,9 @@ class ModelSpeedup:
             replays = always_replay or needs_replay(decision)
             mismatch = replay(self.model, self.dummy_input, decision) if replays else None
             if mismatch is None:
-                return undo, decision, builder.plan, replays
+                return _Cut(undo, decision, builder.plan, replays)
             undo()
             follower.answer(decision, mismatch)
-
-    def _differs(self, expected: list[torch.Tensor] | None) -> bool:
-        try:
-            self._check(expected)
-        except VerificationError:
-            return True
-        return False
-
-    def _check(self, expected: list[torch.Tensor] | None) -> float | None:
-        """The relative error of the small model; too large a one, or none at all, raises."""
-        if expected is None:
-            return None
-        try:
-            got = outputs_of(self.model, self.dummy_input)
-        except Exception as error:
-            raise VerificationError(
-                f"the small model does not run: {type(error).__name__}: {error}. The model is as "
-                "it was. Please report this, with the model."
-            ) from error
-        off = largest_error(expected, got)
-        tolerance = tolerance_for(expected)
-        if off > tolerance and self.constants == "exact":
-            raise VerificationError(
-                f"the small model differs from the masked one by {off:.1e} of its largest output "
-                f"(allowed: {tolerance:.0e}). The model is as it was. Does it draw random numbers "
-                "in eval mode, or change its own state? verify=False skips this check."
-            )
-        return off
 
 
 @contextmanager

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
+from compress.errors import VerificationError
 from compress.graph.trace import as_arguments, evaluating, rng_kept, state_kept, tensors_in
+from compress.speedup.plan import Plan
+from compress.speedup.surgery import apply_plan
 
 # Largest difference, relative to the largest output, that rounding explains.
 TOLERANCE = {
@@ -56,3 +62,68 @@ def largest_error(expected: list[torch.Tensor], got: list[torch.Tensor]) -> floa
 
 def tolerance_for(tensors: list[torch.Tensor]) -> float:
     return max((TOLERANCE.get(t.dtype, 0.0) for t in tensors), default=0.0)
+
+
+class Verifier:
+    """Holds a model, while it is being cut, against what it computed masked.
+
+    Made before the cut: it runs the masked model. ``masks`` are by parameter path.
+    """
+
+    def __init__(
+        self, model: nn.Module, dummy_input: Any, masks: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.model = model
+        self.dummy_input = dummy_input
+        self.masks = masks
+        undo = apply_plan(model, Plan(), masks)
+        try:
+            self.expected = outputs_of(model, dummy_input)
+        finally:
+            undo()
+
+    def compare(self) -> tuple[float, str]:
+        """The small model's relative error, and what is wrong with it ("": nothing)."""
+        try:
+            got = outputs_of(self.model, self.dummy_input)
+        except Exception as error:
+            return float("inf"), f"does not run ({type(error).__name__}: {error})"
+        off, allowed = largest_error(self.expected, got), tolerance_for(self.expected)
+        if off <= allowed:
+            return off, ""
+        return off, f"differs from the masked one by {off:.1e} of its largest output"
+
+    def accept_or_raise(
+        self, undo: Callable[[], None], plan: Plan, off: float, problem: str
+    ) -> Callable[[], None]:
+        """Accept a difference that is rounding only, which float64 shows; else raise.
+
+        A deep model with unlucky weights enlarges the rounding of each sum. The cut is undone and
+        made again for it; returns how to undo it now.
+        """
+        undo()
+        exact = None if off == float("inf") else self._in_float64(self.masks)
+        undo = apply_plan(self.model, plan, self.masks)
+        if exact is not None:
+            small = self._in_float64({})
+            if small is not None and largest_error(exact, small) <= 1e-5:
+                return undo
+        undo()
+        raise VerificationError(
+            f"the small model {problem}. The model is as it was. Does it draw random numbers in "
+            "eval mode, or change its own state? If not, please report it. verify=False skips this "
+            "check."
+        )
+
+    def _in_float64(self, masks: Mapping[str, torch.Tensor]) -> list[torch.Tensor] | None:
+        """The outputs of a float64 copy; None where the model does not run in float64."""
+        try:
+            copy = deepcopy(self.model).double()
+            apply_plan(copy, Plan(), masks)
+            return outputs_of(copy, tree_map_only(torch.Tensor, _double, self.dummy_input))
+        except Exception:
+            return None
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
