@@ -85,7 +85,7 @@ class LabelSpace:
     pins: list[Pin] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
     equal_parts: list[EqualParts] = field(default_factory=list)
-    fields: dict[str, list[Field]] = field(default_factory=dict)
+    fields: dict[str, Field] = field(default_factory=dict)
     _splits: dict[tuple[bytes, int], tuple[Labels, Labels]] = field(default_factory=dict)
     _cells: dict[tuple[bytes, bytes], np.ndarray] = field(default_factory=dict)
 

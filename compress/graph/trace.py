@@ -62,8 +62,10 @@ _NAMES: dict[Any, str] = {}
 def function_name(func: Callable[..., Any]) -> str:
     """The plain name of a torch function: ``add_`` and ``Tensor.add`` are both ``add``."""
     name = getattr(func, "__name__", None) or str(func)
-    if name == "__get__" or name == "__set__":
+    if name == "__get__":
         return func.__self__.__name__  # type: ignore[attr-defined,no-any-return]
+    if name == "__set__":
+        return f"set_{func.__self__.__name__}"  # type: ignore[attr-defined]
     known = _NAMES.get(func)
     if known is None:
         known = _NAMES[func] = _plain_name(func, name)
@@ -164,6 +166,8 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
         elif result is target:
             version = -1  # written
+        if name == "set_data":  # gives the tensor other memory, and bumps no version
+            version = -1
         self._note(name, func, node_args, target, version, result)
         return result
 

@@ -103,7 +103,8 @@ class Contraction(Rule):
             return near if g.weight_in else far
         cross = np.repeat(parts_far, parts_near.shape[1], 0)
         cross = cross.reshape(*cross.shape, *[1] * (len(shape) - 2))
-        space.fields.setdefault(str(g.weight.target), []).append(Field(cross, part))
+        first = space.fields.setdefault(str(g.weight.target), Field(cross, part))
+        space.tie(first.labels.reshape(-1), cross.reshape(-1), node, node.meta["name"])
         space.equal_parts.append(EqualParts(parts_near, node, partners=parts_far))
         space.equal_parts.append(EqualParts(parts_far, node, partners=parts_near))
         return near if g.weight_in else far

@@ -416,6 +416,8 @@ class Shuffle(Rule):
             for inside in (-4, -3):  # the r · r positions become places in the picture
                 space.pin(split[inside], call.node, "is a place inside a pixel")
                 split[inside] = None
+        if call.name == "channel_shuffle":
+            space.pin(split[1], call.node, "is one of a fixed number of groups")
         moved = tuple(split[i] for i in order)
         return reshape_axes(moved, [middle[i] for i in order], call.shape, call, space)
 

@@ -51,9 +51,10 @@ class ChannelNorm(Rule):
         mean, var = call.arg(1, "running_mean"), call.arg(2, "running_var")
         weight, bias = call.arg(3, "weight"), call.arg(4, "bias")
         eps = call.arg(7, "eps", 1e-5)
-        fixed = mean is not None
+        from_data = call.arg(5, "training", False)
         if call.name == "instance_norm":
-            fixed = fixed and not call.arg(5, "use_input_stats", True)
+            from_data = call.arg(5, "use_input_stats", True)
+        fixed = mean is not None and not from_data
         return [weight, bias, mean, var], fixed, eps
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:

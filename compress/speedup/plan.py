@@ -78,13 +78,14 @@ class Attribute:
 class Plan:
     """Everything the surgery does, by parameter path.
 
-    ``slices``: what is kept. ``biases``: what is added to a bias (positions as they were; the bias
-    is made where there is none). ``carries``: constants moved within a weight. ``attributes``:
-    sizes set on modules.
+    ``slices``: what is kept. ``biases``: what is added to a bias (positions as they were);
+    ``new_biases``: the biases that are made for it, each with the weight it belongs to.
+    ``carries``: constants moved within a weight. ``attributes``: sizes set on modules.
     """
 
     slices: dict[str, Slice] = field(default_factory=dict)
     biases: dict[str, np.ndarray] = field(default_factory=dict)
+    new_biases: dict[str, str] = field(default_factory=dict)
     carries: dict[str, list[Carry]] = field(default_factory=dict)
     attributes: list[Attribute] = field(default_factory=list)
 
@@ -121,9 +122,8 @@ class PlanBuilder:
         for labels in self.graph.axes[node]:
             kept = None if labels is None else self.kept(labels)
             keep.append(None if kept is None or kept.all() else np.flatnonzero(kept))
-        gather = None
-        for each in self.graph.space.fields.get(path, [])[:1]:
-            gather = self._gather(each, keep)
+        crossing = self.graph.space.fields.get(path)
+        gather = None if crossing is None else self._gather(crossing, keep)
         if gather is not None or any(k is not None for k in keep):
             self.plan.slices[path] = Slice(tuple(keep), gather)
 
@@ -150,6 +150,7 @@ class PlanBuilder:
             path = str(bias.target)
         else:
             path = f"{call.module}.bias" if call.module else "bias"
+            self.plan.new_biases[path] = str(weight.target)
             labels = self.graph.axes[call.node][1 if weight.meta["shape"][2:] else -1]
             labels = self.graph.axes[weight][weight_out] if labels is None else labels
             kept = None if labels is None else self.kept(labels)

@@ -212,8 +212,11 @@ def _remaining(masks: Masks, plan: Plan, model: nn.Module) -> Masks:
     for module, parameters in masks.items():
         owner = model.get_submodule(module)
         for name, mask in parameters.items():
-            cut = plan.slices.get(paths[id(owner._parameters[name])])
+            parameter = getattr(owner, name)
+            cut = plan.slices.get(paths[id(parameter)])
             left = mask if cut is None else cut(mask)
+            # A constant may have been moved into a masked place: it belongs to the function now.
+            left = left | (parameter.detach() != 0).to(left.device)
             if not bool(left.all()):
                 entries.setdefault(module, {})[name] = left
     return Masks(entries)

@@ -89,7 +89,10 @@ def apply_plan(
 
     try:
         with torch.no_grad():
-            undo += (_add_bias(model, path, plan) for path in plan.biases.keys() - tensors.keys())
+            undo += (
+                _add_bias(model, path, tensors[weight], plan)
+                for path, weight in plan.new_biases.items()
+            )
             touched = {**plan.slices, **plan.carries, **plan.biases, **masks}.keys()
             undo += (
                 _replace(tensors[path], path, plan, masks) for path in touched if path in tensors
@@ -117,9 +120,8 @@ def _replace(
     return lambda: put(data, grad)
 
 
-def _add_bias(model: nn.Module, path: str, plan: Plan) -> Callable[[], None]:
+def _add_bias(model: nn.Module, path: str, weight: torch.Tensor, plan: Plan) -> Callable[[], None]:
     module = model.get_submodule(path.rpartition(".")[0])
-    weight = next(p for p in module.parameters(recurse=False))
     shift = torch.from_numpy(plan.biases[path])
     cut = plan.slices.get(path)
     value = (shift if cut is None else cut(shift)).to(weight.device, weight.dtype)
