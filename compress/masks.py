@@ -402,7 +402,7 @@ def raw_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 
     None where ``name`` is no parameter of ``module``, or is parametrised by somebody else.
     """
-    found = module._parameters.get(name)
+    found = dict(module._parameters.items()).get(name)  # a scripted module's has no get()
     if found is None and _mask_on(module, name) is not None:
         found = _parts(module, name)._parameters.get("original")
     return found

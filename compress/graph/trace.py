@@ -43,7 +43,7 @@ METADATA = frozenset(
 # Reads of a size: what the forward does next may depend on them.
 SIZES = frozenset("shape size numel nelement __len__ nbytes".split())
 
-_SKIPPED = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep)
+_SKIPPED = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent.parent) + os.sep)
 
 
 def stale_alias(tensor: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         target = kwargs["out"] if "out" in kwargs else args[0] if args else None
         target = target if isinstance(target, torch.Tensor) else None
-        version = None if target is None else target._version
+        version = None if target is None else _version(target)
         # The arguments become nodes before the call: in place, it changes what they stand for.
         node_args = (self._as_nodes(args), self._as_nodes(kwargs))
         result = quick_result(func, args, kwargs)
@@ -166,7 +166,7 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
         elif result is target:
             version = -1  # written
-        if name == "set_data":  # gives the tensor other memory, and bumps no version
+        if name == "set_data" or (target is not None and _writes_uncounted(func, target, kwargs)):
             version = -1
         self._note(name, func, node_args, target, version, result)
         return result
@@ -175,7 +175,7 @@ class Recorder(TorchFunctionMode):
         self, name: str, func: Any, node_args: Any, target: Any, version: int | None, result: Any
     ) -> None:
         """Make the node of a call that wrote ``target``, or returned ``result``, or both."""
-        if target is not None and target._version != version:
+        if target is not None and _version(target) != version:
             self._write(self._call(name, func, *node_args), target)
         elif isinstance(result, torch.Tensor):
             if result is not target:  # contiguous(), dropout in eval: the same tensor
@@ -272,6 +272,18 @@ class Recorder(TorchFunctionMode):
         for node in self.graph.nodes:
             if node.op == "call_function" and not node.users and node not in used:
                 self.outputs.append(node)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often the tensor was written; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _writes_uncounted(func: Any, tensor: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a call writes an inference tensor, by its name: ``add_``, ``__setitem__``."""
+    name = getattr(func, "__name__", "")
+    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return tensor.is_inference() and (in_place or "out" in kwargs or bool(kwargs.get("inplace")))
 
 
 def _memory(tensor: torch.Tensor) -> int:

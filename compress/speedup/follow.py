@@ -47,17 +47,34 @@ class Follower:
 
     def answer(self, decision: Decision, mismatch: Mismatch) -> None:
         """Change what is set, or what may go, so that the next try gets further."""
-        node = mismatch.node
+        node, reason = mismatch.node, f"{_REASON} ({mismatch.got})"
         if node not in self._hopeless:
             wanted = matching_attributes(self.graph, decision, node)
             if self._set(wanted, node) or self._couple(wanted, node):
+                for other in self._same_line(node):  # the other blocks will want the same
+                    self._set(matching_attributes(self.graph, decision, other), other)
                 return
             self._hopeless.add(node)
             self._tried = {key: t for key, t in self._tried.items() if t[1] is not node}
-        if not _pin_sizes(decision, mismatch):
-            self._tried.clear()
-            if not self.graph.pin(node, None, f"{_REASON} ({mismatch.got})"):
-                self.graph.pin_everything(f"{_REASON} ({mismatch.got}): {location(node)}")
+        if _pin_sizes(decision, node, reason):
+            for other in self._same_line(node):
+                _pin_sizes(decision, other, reason)
+            return
+        if _pin_size_reads(decision, node.meta["module"], reason):
+            return
+        self._tried.clear()
+        if not self.graph.pin(node, None, reason):
+            self.graph.pin_everything(f"{reason}: {location(node)}")
+
+    def _same_line(self, node: fx.Node) -> list[fx.Node]:
+        """The other calls of the same function at the same line of the source."""
+        return [
+            step.call.node
+            for step in self.graph.steps
+            if step.call.node is not node
+            and step.call.name == node.meta["name"]
+            and step.call.node.meta["source"] == node.meta["source"]
+        ]
 
     def _set(self, wanted: list[Attribute], node: fx.Node) -> bool:
         """Set attributes that are not set yet, or were set to something else for this call."""
@@ -134,10 +151,23 @@ def _flat(shape: Any) -> list[int]:
     return [s for s in tree_leaves(shape) if s is not None]
 
 
-def _pin_sizes(decision: Decision, mismatch: Mismatch) -> bool:
+def _pin_size_reads(decision: Decision, module: str, reason: str) -> bool:
+    """Keep the sizes that a module's forward reads off its tensors; returns whether that was news.
+
+    ``b, n, c = x.shape`` and later ``y.reshape(b, n, c)``: the size of x is counted as one of y.
+    """
+    news = False
+    for node, where in decision.graph.trace.size_reads:
+        shape, expected = node.meta["shape"], expected_shape(decision, node)
+        if where == module and shape != expected and (not shape or isinstance(shape[0], int)):
+            axes = [i for i, size in enumerate(shape) if size != expected[i]]
+            news |= decision.graph.pin(node, axes, reason)
+    return news
+
+
+def _pin_sizes(decision: Decision, node: fx.Node, reason: str) -> bool:
     """Keep the axes whose sizes the code gives by number; returns whether that was news."""
-    node = mismatch.node
     given = rule_for(node.meta["name"]).given_sizes(Call(node))
     expected = expected_shape(decision, node)
     axes = [i for i, size in given.items() if size != expected[i]]
-    return bool(axes) and decision.graph.pin(node, axes, f"{_REASON} ({mismatch.got})")
+    return bool(axes) and decision.graph.pin(node, axes, reason)

@@ -114,7 +114,8 @@ class ModelSpeedup:
             raise SpeedupError("this model has been sped up; make a new ModelSpeedup to go on")
         suspended = suspend_masks(self.model)
         try:
-            with _collector_paused():
+            # The new parameters must be ordinary tensors, wherever the caller is.
+            with _collector_paused(), torch.inference_mode(False):
                 self._shrink(suspended.masks & self._given)
         except BaseException:
             suspended.restore()
