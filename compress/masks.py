@@ -678,6 +678,8 @@ def _copy_entry(path: object, parameters: object, problems: list[str]) -> dict[s
         return {}
     copied: dict[str, Tensor] = {}
     for name, value in parameters.items():
+        if value is None:  # as NNI has it for a layer without bias
+            continue
         if not isinstance(name, str) or not name or "." in name:
             problems.append(
                 f"{path!r}: got the parameter name {name!r}; expected the parameter's own name, "

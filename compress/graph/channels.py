@@ -67,6 +67,10 @@ class ChannelGraph:
         for output in self.trace.outputs:
             for axes in _each(self.axes[output]):
                 self.space.pin_all(axes, output, "is an output of the model")
+        for path, crossing in self.space.fields.items():
+            weight = self.trace.leaves[path]
+            if len(weight.users) != self.space.field_uses[path]:  # something else reads it, too
+                self.space.pin(crossing.labels.reshape(-1), weight, "is read in more than one way")
         self.root = self.space.roots()
         if not self.trace.complete:
             self.pin_everything("runs in a model with code that cannot be traced")

@@ -86,6 +86,7 @@ class LabelSpace:
     grids: list[Grid] = field(default_factory=list)
     equal_parts: list[EqualParts] = field(default_factory=list)
     fields: dict[str, Field] = field(default_factory=dict)
+    field_uses: dict[str, int] = field(default_factory=dict)
     _splits: dict[tuple[bytes, int], tuple[Labels, Labels]] = field(default_factory=dict)
     _cells: dict[tuple[bytes, bytes], np.ndarray] = field(default_factory=dict)
 

@@ -103,7 +103,9 @@ class Contraction(Rule):
             return near if g.weight_in else far
         cross = np.repeat(parts_far, parts_near.shape[1], 0)
         cross = cross.reshape(*cross.shape, *[1] * (len(shape) - 2))
-        first = space.fields.setdefault(str(g.weight.target), Field(cross, part))
+        path = str(g.weight.target)
+        first = space.fields.setdefault(path, Field(cross, part))
+        space.field_uses[path] = space.field_uses.get(path, 0) + 1
         space.tie(first.labels.reshape(-1), cross.reshape(-1), node, node.meta["name"])
         space.equal_parts.append(EqualParts(parts_near, node, partners=parts_far))
         space.equal_parts.append(EqualParts(parts_far, node, partners=parts_near))

@@ -24,10 +24,7 @@ _REASON = "has its size as a number in the code"
 
 
 class Follower:
-    """Answers to the mismatches of one speedup, remembered from try to try.
-
-    ``attributes`` are what is set for now, each with the call that it was set for.
-    """
+    """Answers to the mismatches of one speedup, remembered from try to try."""
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph = graph
@@ -35,9 +32,15 @@ class Follower:
         self._hopeless: set[fx.Node] = set()
         self._coupled: set[tuple[tuple[str, str], fx.Node, fx.Node]] = set()
 
-    @property
-    def attributes(self) -> list[Attribute]:
-        return [attribute for attribute, _ in self._tried.values()]
+    def attributes(self, decision: Decision) -> list[Attribute]:
+        """What to set under a decision: what its call still wants, with the value it now wants."""
+        wanted = {
+            (attribute.module, attribute.name, node): attribute
+            for node in {node for _, node in self._tried.values()}
+            for attribute in matching_attributes(self.graph, decision, node)
+        }
+        found = [wanted.get((*key, node)) for key, (_, node) in self._tried.items()]
+        return [attribute for attribute in found if attribute is not None]
 
     def pin_unset(self, nodes: list[fx.Node]) -> None:
         """Keep what needs a number that no attribute holds."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from compress.errors import SpeedupError
 from compress.graph.channels import ChannelGraph
@@ -22,7 +23,7 @@ from compress.speedup.knowledge import Knowledge
 from compress.speedup.plan import Plan, PlanBuilder
 from compress.speedup.replay import needs_replay, replay
 from compress.speedup.report import Report, make_report
-from compress.speedup.surgery import apply_plan
+from compress.speedup.surgery import apply_plan, slice_optimizer
 from compress.speedup.verify import Verifier
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ class ModelSpeedup:
         masks_or_file: ``Masks``, a nested dict ``{module: {parameter: 0/1 tensor}}``, or the path
             of a file that ``Masks.save`` wrote. Masks already on the model count as well.
         map_location: the device to load a mask file to, as in ``torch.load``.
+        optimizer: one that trains the model: its state (momentum, Adam's averages) shrinks along,
+            so that training goes on. Biases that are new are not among its parameters.
         verify: run the masked and the small model on ``dummy_input`` and compare (two forwards).
         constants: what to do with a removed channel that is a constant other than 0 (BatchNorm's
             shift, say). ``"exact"`` moves it into the next bias, or lets one channel stay to carry
@@ -72,6 +75,7 @@ class ModelSpeedup:
         masks_or_file: MaskSource,
         map_location: Any = None,
         *,
+        optimizer: torch.optim.Optimizer | None = None,
         verify: bool = True,
         constants: str = "exact",
         round_to: int = 1,
@@ -80,6 +84,7 @@ class ModelSpeedup:
         _check_arguments(model, constants, round_to, min_channels)
         self.model = model
         self.dummy_input = dummy_input
+        self.optimizer = optimizer
         self.verify = verify
         self.constants = constants
         self.limits = Limits(round_to, min_channels)
@@ -144,6 +149,8 @@ class ModelSpeedup:
                     cut.undo = verifier.accept_or_raise(cut.undo, cut.plan, error, problem)
             self._report = make_report(cut.decision, cut.plan, flat, before, error)
             self._plan, self._masks_before = cut.plan, masks
+            if self.optimizer is not None:
+                slice_optimizer(self.optimizer, self.model, cut.plan, before)
         except BaseException:
             cut.undo()
             raise
@@ -168,10 +175,15 @@ class ModelSpeedup:
             if builder.unset:
                 follower.pin_unset(builder.unset)
                 continue
-            builder.add_attributes(follower.attributes)
+            attributes = follower.attributes(decision)
+            builder.add_attributes(attributes)
             undo = apply_plan(self.model, builder.plan, knowledge.masks)
-            replays = always_replay or needs_replay(decision)
-            mismatch = replay(self.model, self.dummy_input, decision) if replays else None
+            try:
+                replays = always_replay or bool(attributes) or needs_replay(decision)
+                mismatch = replay(self.model, self.dummy_input, decision) if replays else None
+            except BaseException:
+                undo()
+                raise
             if mismatch is None:
                 return _Cut(undo, decision, builder.plan, replays)
             undo()
@@ -190,9 +202,32 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+def _without_moved(mask: torch.Tensor, plan: Plan, path: str) -> torch.Tensor:
+    """A mask without the places that a constant was moved to: they belong to the function now."""
+    mask = mask.clone()
+    if path in plan.biases:
+        mask |= torch.from_numpy(plan.biases[path] != 0).to(mask.device)
+    for carry in plan.carries.get(path, ()):
+        mask.select(carry.axis, carry.target).fill_(True)
+    return mask
+
+
 def _check_arguments(model: Any, constants: str, round_to: int, min_channels: int) -> None:
     if not isinstance(model, nn.Module):
         raise SpeedupError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    for wrapper in ("_orig_mod", "module"):
+        inner = getattr(model, wrapper, None)
+        if isinstance(inner, nn.Module) and type(model).__module__.startswith("torch."):
+            raise SpeedupError(
+                f"model is a {type(model).__name__} around your model; pass model.{wrapper}, and "
+                "wrap the small one again"
+            )
+    for path, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter) or parameter.is_meta:
+            raise SpeedupError(
+                f"{path}: the parameter has no values yet (lazy, or on the meta device); run the "
+                "model once, or load it to a device, and try again"
+            )
     if constants not in ("exact", "fold", "drop"):
         raise SpeedupError(f'constants is {constants!r}; pass "exact", "fold" or "drop"')
     for name, value in (("round_to", round_to), ("min_channels", min_channels)):
@@ -215,9 +250,8 @@ def _remaining(masks: Masks, plan: Plan, model: nn.Module) -> Masks:
         for name, mask in parameters.items():
             parameter = getattr(owner, name)
             cut = plan.slices.get(paths[id(parameter)])
-            left = mask if cut is None else cut(mask)
-            # A constant may have been moved into a masked place: it belongs to the function now.
-            left = left | (parameter.detach() != 0).to(left.device)
+            left = _without_moved(mask, plan, paths[id(parameter)])
+            left = left if cut is None else cut(left)
             if not bool(left.all()):
                 entries.setdefault(module, {})[name] = left
     return Masks(entries)

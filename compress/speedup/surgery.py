@@ -137,3 +137,19 @@ def _set_attribute(model: nn.Module, attribute: Attribute) -> Callable[[], None]
     module = model.get_submodule(attribute.module)
     setattr(module, attribute.name, attribute.new)
     return lambda: setattr(module, attribute.name, attribute.old)
+
+
+def slice_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    plan: Plan,
+    before: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Shrink an optimizer's state along with its parameters, which had the shapes ``before``."""
+    for path, parameter in model.named_parameters():
+        cut, state = plan.slices.get(path), optimizer.state.get(parameter)
+        if cut is None or not state or path not in before:
+            continue
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and tuple(value.shape) == before[path]:
+                state[name] = cut(value)

@@ -106,7 +106,7 @@ class Verifier:
         undo = apply_plan(self.model, plan, self.masks)
         if exact is not None:
             small = self._in_float64({})
-            if small is not None and largest_error(exact, small) <= 1e-5:
+            if small is not None and largest_error(exact, small) <= 1e-6:
                 return undo
         undo()
         raise VerificationError(
