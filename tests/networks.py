@@ -128,6 +128,61 @@ class OwnConvolution(nn.Module):
         return f"{tuple(self.kernel.shape)}, shift={self.shift is not None}, {self.standardised}"
 
 
+class Attention(nn.Module):
+    """Places attend to each other, in heads."""
+
+    def __init__(self, channels: int, heads: int, width: int, by_hand: bool) -> None:
+        super().__init__()
+        self.heads, self.width, self.by_hand = heads, width, by_hand
+        self.qkv = nn.Linear(channels, 3 * heads * width)
+        self.out = nn.Linear(heads * width, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.flatten(2).transpose(1, 2)
+        n, length, _ = places.shape
+        qkv = self.qkv(places).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        if self.by_hand:
+            mixed = (q @ k.transpose(-2, -1) * self.width**-0.5).softmax(-1) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        flat = mixed.transpose(1, 2).reshape(n, length, -1)
+        return self.out(flat).transpose(1, 2).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, width={self.width}, by_hand={self.by_hand}"
+
+
+class GainedConvolution(nn.Module):
+    """A kernel computed from parameters, norms of one's own with buffers, a gain read in Python."""
+
+    def __init__(self, ins: int, outs: int, rank: int, kind: str) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(outs, ins, *[1] * rank))
+        self.gain = nn.Parameter(torch.rand(outs, *[1] * (rank + 1)))
+        self.register_buffer("running_mean", torch.zeros(outs))
+        self.register_buffer("running_var", torch.ones(outs))
+        self.rank, self.kind = rank, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolve = getattr(F, f"conv{self.rank}d")
+        if self.kind == "product":
+            return convolve(x, self.kernel * self.gain)
+        if self.kind == "norm":
+            y = convolve(x, self.kernel)
+            return F.batch_norm(y, self.running_mean, self.running_var, self.gain.flatten())
+        if self.kind == "transposed":
+            return (x.movedim(1, -1) @ self.kernel.flatten(1).t()).movedim(-1, 1)
+        if self.kind == "einsum":
+            return torch.einsum("nc...,oc->no...", x, self.kernel.flatten(1))
+        if self.kind == "number":
+            return convolve(x, self.kernel) * self.gain.mean().item()
+        return convolve(x, self.kernel[: self.kernel.shape[0] // 2 + 1])
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {tuple(self.kernel.shape)}"
+
+
 class ChannelLast(nn.Module):
     """A layer over the channels, moved to the end and back."""
 
@@ -444,6 +499,52 @@ def own_parameter(b: Builder) -> int | None:
         ]
     )
     return b.add(OwnParameter(shape, text, function), source)
+
+
+@operation()
+def attention(b: Builder) -> int | None:
+    source = b.value()
+    if source is None:
+        return None
+    channels, heads = b.values[source].shape[1], b.choices.integer(1, 3)
+    return b.add(Attention(channels, heads, b.choices.integer(1, 3), b.chance(50)), source)
+
+
+@operation(2)
+def gained_convolution(b: Builder) -> int | None:
+    source = b.value()
+    if source is None:
+        return None
+    x = b.values[source]
+    kind = b.choices.pick(["product", "norm", "transposed", "einsum", "number", "half"])
+    return b.add(GainedConvolution(x.shape[1], b.choices.integer(1, 6), rank_of(x), kind), source)
+
+
+@operation()
+def new_tensors(b: Builder) -> int | None:
+    """Tensors made in the forward, with sizes that are read or written down."""
+    source = b.value()
+    if source is None:
+        return None
+    x = b.values[source]
+    channels, ones = x.shape[1], [1] * rank_of(x)
+    text, function = b.choices.pick(
+        [
+            ("new_zeros", lambda t: t + t.new_zeros(t.shape)),
+            ("ones of C", lambda t: t * torch.full((t.shape[1], *ones), 0.5, dtype=t.dtype)),
+            ("literal C", lambda t: t * torch.full((channels, *ones), 0.5, dtype=t.dtype)),
+            ("arange C", lambda t: t * torch.arange(t.shape[1], dtype=t.dtype).view(-1, *ones)),
+            ("pad to", lambda t: torch.cat([t, t.new_zeros(len(t), 2, *t.shape[2:])], 1)),
+            ("shortcut", lambda t: F.pad(t, [0, 0] * len(ones) + [0, t.shape[1]])),
+            ("mean of C", lambda t: t.sum(1, keepdim=True) / t.shape[1] + t),
+            ("sqrt C", lambda t: t * t.size(1) ** -0.5),
+            ("if C", lambda t: t * 2 if t.shape[1] > 2 else t),
+            ("range C", lambda t: torch.stack([t[:, i] for i in range(t.shape[1])], 1)),
+            ("range groups", lambda t: torch.cat([t[:, i : i + 1] for i in range(t.shape[1])], 1)),
+            ("len", lambda t: torch.stack([each * 2 for each in t])),
+        ]
+    )
+    return b.apply(text, function, source)
 
 
 @operation()
@@ -799,8 +900,10 @@ def draw_network(
     builder = Builder(choices, network, [x])
     # A few kinds of operation each: a pin in every network would hide what the others do.
     some = [choices.pick(OPERATIONS) for _ in range(choices.integer(2, 8))]
+    if choices.integer(0, 3):
+        convolution(builder)
     for _ in range(steps):
-        choices.pick(some)(builder)
+        choices.pick([*some, convolution, conv_norm_act])(builder)
     randomise(network)
     draw_outputs(builder)
     return network, x

@@ -27,6 +27,7 @@ from compress import Masks, ModelSpeedup
 # COMPRESS_EXAMPLES=20000 for a long search; the default is for every run of the suite.
 EXAMPLES = int(os.environ.get("COMPRESS_EXAMPLES", "60"))
 DRAWN = settings(
+    report_multiple_bugs=False,
     deadline=None,
     max_examples=EXAMPLES,
     suppress_health_check=list(HealthCheck),
