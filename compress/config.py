@@ -222,8 +222,10 @@ def _parse(where: str, raw: object, problems: list[str]) -> _Entry | None:
         problems.extend(
             f"{where}[{key!r}]: got {_short(raw[key])}; expected {_EXPECTED[key]}" for key in wrong
         )
-        return None
-    if not unknown:  # a misspelt key would be reported again as a missing one
+        # The rest of the entry is still looked at, so that one error tells every problem.
+        unknown.extend(wrong)
+        entry = _Entry.model_validate({k: v for k, v in known.items() if k not in wrong})
+    if not unknown:  # a misspelt or wrong key would be reported again as a missing one
         problems.extend(_contradictions(where, entry))
     return entry if any(getattr(entry, key) is not None for key in _SELECTORS) else None
 

@@ -12,7 +12,8 @@ from oracle import check_exact, randomise
 from torch import Tensor, nn
 
 from compress.errors import TraceError
-from compress.graph.trace import Trace, record
+from compress.graph.run import record
+from compress.graph.trace import Trace
 
 
 class Forward(nn.Module):

@@ -16,7 +16,8 @@ import numpy as np
 from torch import fx, nn
 
 from compress.graph.labels import Axes, Axis, LabelSpace
-from compress.graph.trace import Trace, record
+from compress.graph.run import record
+from compress.graph.trace import Trace
 from compress.rules.registry import OPAQUE, Call, Rule, no_axes, rule_for
 
 
@@ -133,18 +134,6 @@ class ChannelGraph:
 
     def axis(self, node: fx.Node, axis: int) -> Axis:
         return self.axes[node][axis]  # type: ignore[no-any-return]
-
-    def parameter_labels(self, path: str, axis: int) -> np.ndarray | None:
-        """Root label of each position along one axis of a parameter; None if it is not in the run.
-
-        Equal roots go together, 0 stays.
-        """
-        node = self.trace.leaves.get(path)
-        if node is None:
-            return None
-        labels = self.axes[node][axis]
-        size = node.meta["shape"][axis]
-        return np.zeros(size, np.int64) if labels is None else self.root[labels]
 
     @cached_property
     def layers(self) -> dict[str, LayerUnits]:

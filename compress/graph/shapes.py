@@ -56,17 +56,6 @@ def reshape_compact(compact: torch.Tensor, before: Shape, after: Shape) -> torch
     return compact.expand(expanded).reshape(result)
 
 
-def shrink_compact(tensor: torch.Tensor) -> torch.Tensor:
-    """Drop the axes along which a tensor repeats itself (equal values, NaN equal to NaN)."""
-    for axis in range(tensor.dim()):
-        if tensor.shape[axis] > 1:
-            first = tensor.narrow(axis, 0, 1)
-            same = (tensor == first) | (tensor.isnan() & first.isnan())
-            if bool(same.all()):
-                tensor = first
-    return tensor
-
-
 def along(vector: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
     """A vector as a compact tensor of ``ndim`` dimensions that varies along ``axis``."""
     shape = [1] * ndim

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.graph.trace import as_arguments, evaluating, rng_kept, tensors_in
+from compress.graph.run import as_arguments, evaluating, rng_kept
+from compress.graph.trace import tensors_in
 
 _PASSES_IN_TURN = 10
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchinfo.torchinfo import clear_cached_forward_pass
 
-from compress.graph.trace import as_arguments, evaluating, rng_kept
+from compress.graph.run import as_arguments, evaluating, rng_kept
 from compress.masks import suspend_masks
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from compress.graph.trace import Recorder, run_recorded
+from compress.graph.run import run_recorded
+from compress.graph.trace import Recorder
 from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
 

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from compress.errors import SpeedupError
 from compress.graph.channels import ChannelGraph
-from compress.graph.trace import leaves_of
+from compress.graph.run import leaves_of
 from compress.masks import Masks, suspend_masks
 from compress.speedup.decide import Decision, Limits
 from compress.speedup.follow import Follower

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from compress.errors import VerificationError
-from compress.graph.trace import as_arguments, evaluating, rng_kept, state_kept, tensors_in
+from compress.graph.run import as_arguments, evaluating, rng_kept, state_kept
+from compress.graph.trace import tensors_in
 from compress.speedup.plan import Plan
 from compress.speedup.surgery import apply_plan
 

@@ -1,0 +1,220 @@
+"""Run a model, once, so that nothing of it is different after; and record the run.
+
+Mode, random state, what the forward sets on its modules, buffers and inputs: all are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from compress.errors import TraceError
+from compress.graph.trace import Recorder, Trace, tensors_in
+
+
+def as_arguments(
+    dummy_input: Any, each: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple (or list) of arguments, or a dict of keyword arguments, as a call.
+
+    ``each`` is applied to every tensor: a model may write on its input, and the user's must not
+    change.
+    """
+    dummy_input = tree_map_only(torch.Tensor, each, dummy_input)
+    if isinstance(dummy_input, Mapping):
+        return (), dict(dummy_input)
+    if isinstance(dummy_input, (tuple, list)):
+        return tuple(dummy_input), {}
+    return (dummy_input,), {}
+
+
+def leaves_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, str]]:
+    """Path, tensor and kind of every parameter and buffer, each once (tied ones: first path)."""
+    for path, parameter in model.named_parameters():
+        yield path, parameter, "parameter"
+    for path, buffer in model.named_buffers():
+        yield path, buffer, "buffer"
+
+
+@contextmanager
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """The model in eval mode; each module gets its own mode back.
+
+    With ``training`` the modules are in train mode, but for batch norms: they would refuse a batch
+    of one and update their statistics.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        for module, _ in modes:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
+    """What a run sets on the modules (caches, counters, with ``values`` buffers) is undone."""
+    containers = (list, dict, set)
+    saved = [
+        (module, dict(vars(module)), [(v, copy(v)) for v in vars(module).values()
+                                      if type(v) in containers and v])
+        for module in model.modules()
+    ]  # fmt: skip
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if values else []
+    try:
+        yield
+    finally:
+        for module, attributes, contents in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, content in contents:
+                _refill(container, content)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+@contextmanager
+def rng_kept() -> Iterator[None]:
+    """Torch's random state, on every device in use, is the same after as before."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Keep ``recorder.module_path`` at the path of the module that is running."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(recorder.module_path)
+        recorder.module_path = paths.get(id(module), recorder.module_path)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        recorder.module_path = stack.pop()
+
+    registry = nn.modules.module
+    handles = [
+        registry.register_module_forward_pre_hook(enter),
+        registry.register_module_forward_hook(leave),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_recorded(
+    model: nn.Module, dummy_input: Any, on_meta: bool, training: bool, recorder: Recorder
+) -> None:
+    """Run the model once (and again in train mode) into ``recorder``; its errors pass through."""
+    stand_ins = {}
+    for path, tensor, kind in leaves_of(model):
+        stand_ins[path] = _to_meta(tensor) if on_meta else tensor
+        recorder.announce(path, stand_ins[path], tensor, kind)
+    for path, tensor in _plain_tensors(model):
+        recorder.announce(path, tensor, tensor, "constant")
+    args, kwargs = as_arguments(dummy_input, _to_meta if on_meta else torch.clone)
+    for index, tensor in enumerate(tensors_in((args, kwargs))):
+        recorder.placeholder(index, tensor)
+    kept = state_kept(model, values=not on_meta)
+    with torch.no_grad(), rng_kept(), kept, _module_paths(model, recorder):
+        for mode in (False, True) if training else (False,):
+            with evaluating(model, mode):
+                if on_meta:
+                    with torch.device("meta"), recorder:
+                        output = functional_call(model, stand_ins, args, kwargs)
+                else:
+                    with recorder:
+                        output = model(*args, **kwargs)
+                recorder.finish(output)
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    stand_in = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(stand_in, requires_grad=tensor.requires_grad)
+    return stand_in
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that modules hold as ordinary attributes: constants of the forward."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_") or isinstance(value, torch.Tensor):
+                for tensor in tensors_in(value, depth=7):
+                    yield f"{path}.{name}" if path else name, tensor
+
+
+def record(model: nn.Module, dummy_input: Any) -> Trace:
+    """Run the model once in eval mode and return what it did.
+
+    Modules that eval mode does not reach (auxiliary heads) are recorded in a second run in train
+    mode. Mode, random state and parameters are as before. Errors: ``TraceError`` where the model
+    does not run on ``dummy_input``; the model's own error is its cause.
+    """
+    recorder, on_meta = Recorder(), True
+    try:
+        run_recorded(model, dummy_input, True, False, recorder)
+    except Exception:  # the model looks at its data, or keeps tensors of its own: run for real
+        on_meta = False
+    if not on_meta:
+        recorder = Recorder()
+        try:
+            run_recorded(model, dummy_input, False, False, recorder)
+        except Exception as error:
+            raise _does_not_run(model, dummy_input, error) from error
+    training = not all(
+        path in recorder.leaves for path, _, kind in leaves_of(model) if kind == "parameter"
+    )
+    if training:
+        both = Recorder()
+        try:
+            run_recorded(model, dummy_input, on_meta, True, both)
+        except Exception:  # a head that is too deep for this input, say: what it got so far stays
+            both.finish_early()
+        training = len(both.leaves) > len(recorder.leaves)
+        recorder = both if training else recorder
+    return Trace(
+        graph=recorder.graph,
+        nodes=list(recorder.graph.nodes),
+        leaves=recorder.leaves,
+        outputs=recorder.outputs,
+        size_reads=recorder.size_reads,
+        on_meta=on_meta,
+        training=training,
+        partial=recorder.partial,
+        complete=recorder.complete,
+    )
+
+
+def _does_not_run(model: nn.Module, dummy_input: Any, error: Exception) -> TraceError:
+    shapes = [tuple(t.shape) for t in tensors_in(dummy_input)]
+    return TraceError(
+        f"{type(model).__name__} does not run on dummy_input (tensors of shape {shapes}): "
+        f"{type(error).__name__}: {error}. Pass what model(*args) takes: a tensor, a tuple of "
+        "arguments or a dict of keyword arguments, on the model's device."
+    )
