@@ -268,11 +268,13 @@ class Run:
             {"sparsity_per_layer": 0.5, "op_types": ["default"]},
             {"exclude": True, "op_names": sorted(self.heads)},
         ]
-        options = {"mode": mode} | ({} if mode == "normal" else {"dummy_input": self.dummy})
+        options: Record = {"mode": mode}
+        if mode != "normal":
+            options["dummy_input"] = self.dummy
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             start = time.process_time()
-            pruner = L1FilterPruner(model, config, **options)  # type: ignore[arg-type]
+            pruner = L1FilterPruner(model, config, **options)
             masks = pruner.calc_masks()
             found["masks_s"] = time.process_time() - start
         found["untouched"] = [str(w.message) for w in heard if "masks nothing" in str(w.message)]
@@ -349,7 +351,7 @@ class Run:
         with torch.no_grad():
             for parameter in moved.parameters():
                 if parameter.is_floating_point():
-                    parameter *= 1 + 6e-8 * torch.randn_like(parameter).sign()
+                    parameter.mul_(1 + 6e-8 * torch.randn_like(parameter).sign())
         return self.compare(reference, moved)
 
     def train(self, model: nn.Module) -> bool | str:
@@ -474,7 +476,7 @@ def error_of(found: Record) -> float | None:
 
 
 def shrunk(found: Record) -> bool:
-    return found.get("left", 1.0) < 1.0
+    return bool(found.get("left", 1.0) < 1.0)
 
 
 def ended(record: Record, mode: str) -> bool:

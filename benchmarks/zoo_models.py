@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +94,13 @@ def torchvision_model(name: str) -> Entry:
         options |= _backbone_option(name)
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
+    if _detects(name):
+        options |= _few_but_some(name)
+    if name.startswith("mvit"):
+        return Entry(small_mvit(name), pictures(3, 8, 64, 64))
     model = torchvision.models.get_model(name, **options)
     if name in VIDEO.split() or name.startswith("swin3d"):
-        frames = 16 if name.startswith("mvit") else 14 if name == "s3d" else 8
-        size = 224 if name.startswith(("mvit", "s3d")) else 64
+        frames, size = (14, 224) if name == "s3d" else (8, 64)
         return Entry(model, pictures(3, frames, size, size))
     if name in FLOW.split():
         return Entry(model, _flow)
@@ -109,6 +113,28 @@ def torchvision_model(name: str) -> Entry:
 def _backbone_option(name: str) -> dict[str, Any]:
     segments = name.startswith(("fcn_", "deeplab", "lraspp"))
     return {"weights_backbone": None} if segments or _detects(name) else {}
+
+
+def small_mvit(name: str) -> nn.Module:
+    """The builders fix the size of the film, which the position tables have in them."""
+    from torchvision.models.video import mvit
+
+    make = mvit._mvit
+    with mock.patch.object(mvit, "_mvit", lambda **o: make(**o | FILM)):
+        return mvit.__dict__[name](weights=None)  # type: ignore[no-any-return]
+
+
+FILM = {"spatial_size": (64, 64), "temporal_size": 8}
+
+
+def _few_but_some(name: str) -> dict[str, Any]:
+    """Detections whatever the scores: with random weights there would be none to compare."""
+    if "rcnn" in name:
+        proposals = {"box_batch_size_per_image": 20, "rpn_batch_size_per_image": 20}
+        for when in ("train", "test"):
+            proposals |= {f"rpn_post_nms_top_n_{when}": 40, f"rpn_pre_nms_top_n_{when}": 80}
+        return {"box_score_thresh": 0.0, "box_detections_per_img": 20, **proposals}
+    return {"score_thresh": 0.0, "detections_per_img": 20, "topk_candidates": 40}
 
 
 def _detects(name: str) -> bool:
@@ -124,7 +150,7 @@ def _detector(name: str, model: nn.Module) -> Entry:
     size = 300 if name.startswith("ssd") else 128
     # Their transform scales every picture to 800 pixels: that would take minutes.
     if hasattr(model, "transform") and not name.startswith("ssd"):
-        model.transform.min_size, model.transform.max_size = (size,), size
+        model.transform.min_size, model.transform.max_size = (size,), size  # type: ignore[union-attr]
 
     def inputs(batch: int) -> tuple[list[Tensor]]:
         return ([torch.rand(3, size, size) for _ in range(batch)],)
@@ -389,7 +415,7 @@ EAGER = ("bert", "gpt2", "llama", "t5", "vit", "whisper")
 def transformers_model(name: str, attention: str | None = None) -> Entry:
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     model, config, options, inputs, heads = TRANSFORMERS[name]
     made = getattr(transformers, config)(**options)
     if attention is not None:
