@@ -146,7 +146,7 @@ class ModelSpeedup:
                     cut = self._cut(graph, knowledge, True)
                     error, problem = verifier.compare()
                 if problem and self.constants == "exact":
-                    cut.undo = verifier.accept_or_raise(cut.undo, cut.plan, error, problem)
+                    cut.undo, error = verifier.accept_or_raise(cut.undo, cut.plan, error, problem)
             self._report = make_report(cut.decision, cut.plan, flat, before, error)
             self._plan, self._masks_before = cut.plan, masks
             if self.optimizer is not None:

@@ -96,19 +96,20 @@ class Verifier:
 
     def accept_or_raise(
         self, undo: Callable[[], None], plan: Plan, off: float, problem: str
-    ) -> Callable[[], None]:
+    ) -> tuple[Callable[[], None], float]:
         """Accept a difference that is rounding only, which float64 shows; else raise.
 
         A deep model with unlucky weights enlarges the rounding of each sum. The cut is undone and
-        made again for it; returns how to undo it now.
+        made again for it; returns how to undo it now, and the relative error in float64.
         """
         undo()
         exact = None if off == float("inf") else self._in_float64(self.masks)
         undo = apply_plan(self.model, plan, self.masks)
         if exact is not None:
             small = self._in_float64({})
-            if small is not None and largest_error(exact, small) <= 1e-6:
-                return undo
+            exactly = float("inf") if small is None else largest_error(exact, small)
+            if exactly <= 1e-6:
+                return undo, exactly
         undo()
         raise VerificationError(
             f"the small model {problem}. The model is as it was. Does it draw random numbers in "
