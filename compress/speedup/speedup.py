@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from compress.speedup.surgery import apply_plan, slice_optimizer
 from compress.speedup.verify import Verifier
 
 T = TypeVar("T")
+MOST_TRIES = 100  # real models take a few; one that changes at every run must not go on for ever
 MaskSource = Masks | Mapping[str, Mapping[str, torch.Tensor]] | str | os.PathLike[str]
 
 
@@ -169,7 +171,9 @@ class ModelSpeedup:
     def _cut(self, graph: ChannelGraph, knowledge: Knowledge, always_replay: bool) -> _Cut:
         """Decide, plan and cut; where the model's own code cannot follow, pin and begin again."""
         follower = Follower(graph)
-        while True:
+        for tries in count():
+            if tries == MOST_TRIES:
+                graph.pin_everything(f"does not follow its sizes in {MOST_TRIES} tries")
             decision = Decision(knowledge, self.limits)
             builder = PlanBuilder(decision)
             if builder.unset:
