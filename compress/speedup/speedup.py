@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -171,7 +170,9 @@ class ModelSpeedup:
     def _cut(self, graph: ChannelGraph, knowledge: Knowledge, always_replay: bool) -> _Cut:
         """Decide, plan and cut; where the model's own code cannot follow, pin and begin again."""
         follower = Follower(graph)
-        for tries in count():
+        tries = 0
+        while True:
+            tries += 1
             if tries == MOST_TRIES:
                 graph.pin_everything(f"does not follow its sizes in {MOST_TRIES} tries")
             decision = Decision(knowledge, self.limits)
