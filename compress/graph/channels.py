@@ -113,6 +113,14 @@ class ChannelGraph:
             self.space.pin_all((self.axes[node][i] for i in axes), node, reason)
         return self.renew()
 
+    def pin_module(self, path: str, reason: str) -> bool:
+        """Keep every axis of what ran in one module; returns whether that was news."""
+        for node in self.trace.nodes:
+            if node.op == "call_function" and node.meta["module"] == path:
+                for axes in _each(self.axes[node]):
+                    self.space.pin_all(axes, node, reason)
+        return self.renew()
+
     def pin_everything(self, reason: str) -> None:
         """Keep every axis of every tensor: the model cannot shrink."""
         for node in self.trace.nodes:

@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_map_only
 from compress.errors import TraceError
 from compress.graph.trace import Recorder, Trace, tensors_in
 
+# What torch keeps of a module: parameters, hooks and the like.
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+
 
 def as_arguments(
     dummy_input: Any, each: Callable[[torch.Tensor], torch.Tensor] = torch.clone
@@ -164,7 +167,7 @@ def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that modules hold as ordinary attributes: constants of the forward."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if not name.startswith("_") or isinstance(value, torch.Tensor):
+            if name not in _MODULE_INTERNALS:
                 for tensor in tensors_in(value, depth=7):
                     yield f"{path}.{name}" if path else name, tensor
 

@@ -66,7 +66,9 @@ class Follower:
         if _pin_size_reads(decision, node.meta["module"], reason):
             return
         self._tried.clear()
-        if not self.graph.pin(node, None, reason):
+        if self.graph.pin(node, None, reason):
+            return
+        if not self.graph.pin_module(node.meta["module"], reason):
             self.graph.pin_everything(f"{reason}: {location(node)}")
 
     def _same_line(self, node: fx.Node) -> list[fx.Node]:
