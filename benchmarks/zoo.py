@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import copy
 import faulthandler
+import importlib.util
 import json
 import os
 import random
@@ -425,7 +426,7 @@ def measure(name: str, limit_s: float, limit_mb: float) -> Record:
         for file in (out, err):
             file.seek(0)
             texts.append(file.read())
-    record = last_record(texts[0]) | {"peak_mb": peak}
+    record = last_record(texts[0]) | {"peak_mb": peak, "commit": commit()}
     if record.get("stage") != "done" and "failed" not in record:
         lines = texts[1].strip().splitlines()
         if why is None and "Timeout (" in texts[1]:
@@ -433,6 +434,14 @@ def measure(name: str, limit_s: float, limit_mb: float) -> Record:
         record["failed"] = why or (lines or [f"ended with {process.returncode}"])[-1]
         record["traceback"] = lines[-60:]
     return record
+
+
+def commit() -> str:
+    """Which version of the library ran, "-dirty" when it had changes."""
+    place = Path(str(importlib.util.find_spec("compress").origin)).parent  # type: ignore[union-attr]
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    found = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    return found.stdout.strip() or place.parent.name
 
 
 def last_record(text: str) -> Record:
