@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from compress.speedup.decide import Decision
 from compress.speedup.knowledge import any_by_row
@@ -76,11 +77,18 @@ class Report:
         )
 
 
+def parameter_counts(model: nn.Module, before: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Elements of a cut model's parameters, with the shapes that they had before, and now."""
+    parameters = dict(model.named_parameters())
+    had = sum(prod(before[path]) for path in parameters if path in before)
+    return had, sum(p.numel() for p in parameters.values())
+
+
 def make_report(
     decision: Decision,
     plan: Plan,
     masks: Mapping[str, torch.Tensor],
-    before: Mapping[str, tuple[int, ...]],
+    counts: tuple[int, int],
     relative_error: float | None,
 ) -> Report:
     """Put the report together from the decision and the plan."""
@@ -97,11 +105,10 @@ def make_report(
                 why[decision.reason(int(stayed[first])) or ""] += count
             name = path.rpartition(".")[0]
             layers[path] = LayerReport(name, units, int(masked.sum()), int(gone.sum()), dict(why))
-    parameters = dict(graph.model.named_parameters())
     return Report(
         layers=tuple(layers.values()),
-        parameters_before=sum(prod(before[path]) for path in parameters if path in before),
-        parameters_after=sum(p.numel() for p in parameters.values()),
+        parameters_before=counts[0],
+        parameters_after=counts[1],
         relative_error=relative_error,
         constants_folded=tuple(sorted(plan.biases)),
         constants_carried=tuple(sorted(plan.carries)),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from compress.speedup.follow import Follower
 from compress.speedup.knowledge import Knowledge
 from compress.speedup.plan import Plan, PlanBuilder
 from compress.speedup.replay import needs_replay, replay
-from compress.speedup.report import Report, make_report
+from compress.speedup.report import Report, make_report, parameter_counts
 from compress.speedup.surgery import apply_plan, slice_optimizer
 from compress.speedup.verify import Verifier
 
@@ -93,12 +94,15 @@ class ModelSpeedup:
         self._given.validate(model)
         self._plan: Plan | None = None
         self._report: Report | None = None
+        self._make_report: Callable[[], Report] | None = None  # reasons take longer than the cut
         self._masks: Masks | None = None
         self._masks_before = Masks()
 
     @property
     def report(self) -> Report:
         """What was removed and what stayed, layer by layer."""
+        if self._report is None and self._make_report is not None:
+            self._report, self._make_report = self._make_report(), None
         return _done(self._report, "report")
 
     @property
@@ -116,7 +120,7 @@ class ModelSpeedup:
 
     def speedup_model(self) -> nn.Module:
         """Shrink the model in place and return it."""
-        if self._report is not None:
+        if self._plan is not None:
             raise SpeedupError("this model has been sped up; make a new ModelSpeedup to go on")
         suspended = suspend_masks(self.model)
         try:
@@ -148,7 +152,8 @@ class ModelSpeedup:
                     error, problem = verifier.compare()
                 if problem and self.constants == "exact":
                     cut.undo, error = verifier.accept_or_raise(cut.undo, cut.plan, error, problem)
-            self._report = make_report(cut.decision, cut.plan, flat, before, error)
+            counts = parameter_counts(self.model, before)
+            self._make_report = partial(make_report, cut.decision, cut.plan, flat, counts, error)
             self._plan, self._masks_before = cut.plan, masks
             if self.optimizer is not None:
                 slice_optimizer(self.optimizer, self.model, cut.plan, before)
