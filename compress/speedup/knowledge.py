@@ -77,9 +77,7 @@ class Knowledge:
         if node is None:
             return None
         if node.op == "get_attr":
-            if node not in self._values:
-                self._values[node] = self._leaf_value(node)
-            return self._values[node]  # type: ignore[no-any-return]
+            return self._leaf_value(node)  # read once or twice: not worth keeping
         if node.meta["name"] == "getitem_output":
             source, key = node.args
             several = self._values.get(source)

@@ -126,7 +126,8 @@ class ModelSpeedup:
         try:
             # The new parameters must be ordinary tensors, wherever the caller is.
             with _collector_paused(), torch.inference_mode(False):
-                self._shrink(suspended.masks & self._given)
+                applied = suspended.masks
+                self._shrink(applied & self._given if applied else self._given)
         except BaseException:
             suspended.restore()
             raise
