@@ -235,7 +235,9 @@ def test_latency_lets_a_module_cache_a_tensor_that_training_uses_later():
 
     model = Caching(4, 3)
     latency(model, torch.rand(1, 4), warmup=0, repeats=1)
-    model(torch.rand(1, 4)).sum().backward()
+    assert model.cached is not None
+    model(torch.rand(1, 4)).sum().backward()  # refused, were the cache an inference tensor
+    assert model.weight.grad is not None
 
 
 def test_compare_and_table():

@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -889,3 +890,32 @@ def test_without_verification_nothing_is_claimed() -> None:
     speedup = check_exact(model, pictures(), half_masks(model), verify=False)
     assert speedup.report.relative_error is None
     assert "not verified" in str(speedup.report)
+
+
+def test_a_value_that_the_model_refuses_is_the_dummy_inputs_fault() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    before = everything_in(model)
+    tokens = torch.tensor([[1, 99]])  # meta tensors have no values: only a real run refuses it
+    with pytest.raises(TraceError, match="does not run on dummy_input"):
+        ModelSpeedup(model, tokens, {"1": filters(model[1], 0)}).speedup_model()
+    assert_as_it_was(model, before)
+
+
+def test_what_is_no_optimizer_is_refused_before_anything() -> None:
+    with pytest.raises(SpeedupError, match="optimizer is a dict"):
+        ModelSpeedup(chain(), pictures(), {}, optimizer={})
+
+
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), torch.optim.Adam])
+def test_an_optimizers_state_shrinks_along(make: Callable[..., torch.optim.Optimizer]) -> None:
+    model = chain()
+    optimizer = make(model.parameters())
+    model(pictures()).sum().backward()
+    optimizer.step()
+    ModelSpeedup(model, pictures(), half_masks(model), optimizer=optimizer).speedup_model()
+    for parameter, state in optimizer.state.items():
+        averages = [v for v in state.values() if torch.is_tensor(v) and v.dim()]
+        assert averages
+        assert all(average.shape == parameter.shape for average in averages)
+    model(pictures()).sum().backward()
+    optimizer.step()

@@ -189,7 +189,7 @@ def record(model: nn.Module, dummy_input: Any) -> Trace:
         try:
             run_recorded(model, dummy_input, False, False, recorder)
         except Exception as error:
-            raise _does_not_run(model, dummy_input, error) from error
+            raise does_not_run(model, dummy_input, error) from error
     training = not all(
         path in recorder.leaves for path, _, kind in leaves_of(model) if kind == "parameter"
     )
@@ -214,7 +214,8 @@ def record(model: nn.Module, dummy_input: Any) -> Trace:
     )
 
 
-def _does_not_run(model: nn.Module, dummy_input: Any, error: Exception) -> TraceError:
+def does_not_run(model: nn.Module, dummy_input: Any, error: Exception) -> TraceError:
+    """The error to raise where the model fails on the user's dummy input."""
     shapes = [tuple(t.shape) for t in tensors_in(dummy_input)]
     return TraceError(
         f"{type(model).__name__} does not run on dummy_input (tensors of shape {shapes}): "

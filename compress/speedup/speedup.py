@@ -84,6 +84,10 @@ class ModelSpeedup:
         min_channels: int = 1,
     ) -> None:
         _check_arguments(model, constants, round_to, min_channels)
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise SpeedupError(
+                f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer"
+            )
         self.model = model
         self.dummy_input = dummy_input
         self.optimizer = optimizer
@@ -154,10 +158,10 @@ class ModelSpeedup:
                 if problem and self.constants == "exact":
                     cut.undo, error = verifier.accept_or_raise(cut.undo, cut.plan, error, problem)
             counts = parameter_counts(self.model, before)
-            self._make_report = partial(make_report, cut.decision, cut.plan, flat, counts, error)
-            self._plan, self._masks_before = cut.plan, masks
             if self.optimizer is not None:
                 slice_optimizer(self.optimizer, self.model, cut.plan, before)
+            self._make_report = partial(make_report, cut.decision, cut.plan, flat, counts, error)
+            self._plan, self._masks_before = cut.plan, masks
         except BaseException:
             cut.undo()
             raise

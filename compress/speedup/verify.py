@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from compress.errors import VerificationError
-from compress.graph.run import as_arguments, evaluating, rng_kept, state_kept
+from compress.graph.run import as_arguments, does_not_run, evaluating, rng_kept, state_kept
 from compress.graph.trace import tensors_in
 from compress.speedup.plan import Plan
 from compress.speedup.surgery import apply_plan
@@ -80,6 +80,8 @@ class Verifier:
         undo = apply_plan(model, Plan(), masks)
         try:
             self.expected = outputs_of(model, dummy_input)
+        except Exception as error:  # meta tensors have no values that could be wrong
+            raise does_not_run(model, dummy_input, error) from error
         finally:
             undo()
 
