@@ -919,3 +919,64 @@ def test_an_optimizers_state_shrinks_along(make: Callable[..., torch.optim.Optim
         assert all(average.shape == parameter.shape for average in averages)
     model(pictures()).sum().backward()
     optimizer.step()
+
+
+class Caching(nn.Module):
+    """Fills what is empty at first, at two depths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.by_size: dict[int, Tensor] = {}
+        self.nested: dict[str, list[Tensor]] = {"scales": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] not in self.by_size:
+            self.by_size[x.shape[-1]] = torch.ones(8, device=x.device)
+            self.nested["scales"].append(torch.ones(1, device=x.device))
+        y = self.first(x).relu() * self.by_size[x.shape[-1]]
+        return self.last(y * self.nested["scales"][0])
+
+
+def test_caches_that_a_run_fills_are_empty_again() -> None:
+    model = Caching()
+    ModelSpeedup(model, torch.rand(2, 4), {"first": filters(model.first, 0)}).speedup_model()
+    assert model.by_size == {}
+    assert model.nested == {"scales": []}
+    assert model(torch.rand(3, 4)).shape == (3, 2)
+
+
+def test_a_compiled_part_is_seen_through() -> None:
+    inner = torch.compile(nn.Sequential(nn.Linear(8, 6), nn.ReLU()), backend="eager")
+    model = nn.Sequential(nn.Linear(4, 8), inner, nn.Linear(6, 2)).double()
+    masked = copy.deepcopy(model)
+    masks = {"0": filters(model[0], 1, 2), "1._orig_mod.0": filters(inner._orig_mod[0], 0)}
+    for path, parameters in masks.items():
+        for name, mask in parameters.items():
+            getattr(masked.get_submodule(path), name).data.mul_(mask)
+    x = torch.rand(3, 4, dtype=torch.float64)
+    ModelSpeedup(model, x, masks).speedup_model()
+    assert (model[0].out_features, inner._orig_mod[0].out_features) == (6, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), masked(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_small_model_that_does_not_run_is_never_returned() -> None:
+    class Counts(nn.Module):
+        """Refuses a smaller tensor, but not while it is being recorded."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = chain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.is_meta and self.layers[0].weight.shape[0] < 5:
+                raise RuntimeError("too small")
+            return self.layers(x)
+
+    model = Counts()
+    masks = {f"layers.{path}": each for path, each in half_masks(chain()).items()}
+    before = everything_in(model)
+    with pytest.raises(VerificationError, match="too small"):
+        ModelSpeedup(model, pictures(), masks, constants="drop").speedup_model()
+    assert_as_it_was(model, before)

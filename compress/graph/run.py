@@ -5,8 +5,9 @@ Mode, random state, what the forward sets on its modules, buffers and inputs: al
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -20,6 +21,7 @@ from compress.graph.trace import Recorder, Trace, tensors_in
 
 # What torch keeps of a module: parameters, hooks and the like.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_REGISTRIES = frozenset(["_parameters", "_buffers", "_modules"])
 
 
 def as_arguments(
@@ -68,33 +70,41 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 @contextmanager
 def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
     """What a run sets on the modules (caches, counters, with ``values`` buffers) is undone."""
-    containers = (list, dict, set)
-    saved = [
-        (module, dict(vars(module)), [(v, copy(v)) for v in vars(module).values()
-                                      if type(v) in containers and v])
-        for module in model.modules()
-    ]  # fmt: skip
+    saved = [(module, dict(vars(module))) for module in model.modules()]
+    contents = [
+        (container, copy(container))
+        for _, attributes in saved
+        for name, value in attributes.items()
+        if name not in _MODULE_INTERNALS or name in _REGISTRIES
+        for container in _containers_in(value)
+    ]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if values else []
     try:
         yield
     finally:
-        for module, attributes, contents in saved:
+        for module, attributes in saved:
             vars(module).clear()
             vars(module).update(attributes)
-            for container, content in contents:
-                _refill(container, content)
+        for container, content in contents:
+            if isinstance(container, list):
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
         with torch.no_grad():
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 
-def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, list):
-        container[:] = content
-    else:
-        container.clear()
-        container.update(content)
+def _containers_in(value: Any, depth: int = 0) -> Iterator[Any]:
+    """A list, dict or set, and those in it: what a forward may fill (empty ones, too)."""
+    if not isinstance(value, (list, dict, set, tuple)) or depth > 8:
+        return
+    if not isinstance(value, tuple):
+        yield value
+    for member in value.values() if isinstance(value, dict) else value:
+        yield from _containers_in(member, depth + 1)
 
 
 @contextmanager
@@ -103,6 +113,12 @@ def rng_kept() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled parts run as they are written: the recorder cannot see into compiled code."""
+    stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6
+    return nullcontext() if stance is None else stance("force_eager")
 
 
 @contextmanager
@@ -124,7 +140,10 @@ def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         registry.register_module_forward_hook(leave),
     ]
     try:
-        yield
+        with warnings.catch_warnings():
+            # A compiled part says that hooks fire once more for its wrapper: the stack copes.
+            warnings.filterwarnings("ignore", message=".*when there are global hooks")
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -144,7 +163,7 @@ def run_recorded(
     for index, tensor in enumerate(tensors_in((args, kwargs))):
         recorder.placeholder(index, tensor)
     kept = state_kept(model, values=not on_meta)
-    with torch.no_grad(), rng_kept(), kept, _module_paths(model, recorder):
+    with torch.no_grad(), rng_kept(), kept, _eager(), _module_paths(model, recorder):
         for mode in (False, True) if training else (False,):
             with evaluating(model, mode):
                 if on_meta:

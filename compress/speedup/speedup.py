@@ -155,7 +155,7 @@ class ModelSpeedup:
                     cut.undo()
                     cut = self._cut(graph, knowledge, True)
                     error, problem = verifier.compare()
-                if problem and self.constants == "exact":
+                if problem and (self.constants == "exact" or error == float("inf")):
                     cut.undo, error = verifier.accept_or_raise(cut.undo, cut.plan, error, problem)
             counts = parameter_counts(self.model, before)
             if self.optimizer is not None:
