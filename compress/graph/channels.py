@@ -21,7 +21,7 @@ from compress.graph.trace import Trace
 from compress.rules.registry import OPAQUE, Call, Rule, no_axes, rule_for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One call of the trace with the rule for its function."""
 

@@ -18,7 +18,7 @@ Axis = Labels | None
 Axes = tuple[Axis, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pin:
     """Labels that may not be removed, the node that says so, and why (a clause, for the user)."""
 
@@ -27,7 +27,7 @@ class Pin:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tie:
     """Two label vectors that became one, position by position, at ``node``."""
 
@@ -36,7 +36,7 @@ class Tie:
     node: fx.Node
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Grid:
     """An axis seen as rows times columns: a cell goes exactly when its row or its column goes.
 
@@ -50,7 +50,7 @@ class Grid:
     node: fx.Node
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EqualParts:
     """The same number of positions must be kept in every part (``chunk``, a grouped convolution).
 
@@ -63,7 +63,7 @@ class EqualParts:
     partners: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Field:
     """Elements of a parameter that go with labels which do not lie along one of its axes.
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from operator import is_not
 from typing import Any
 
 import torch
@@ -70,11 +71,15 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 @contextmanager
 def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
     """What a run sets on the modules (caches, counters, with ``values`` buffers) is undone."""
-    saved = [(module, dict(vars(module))) for module in model.modules()]
+    layouts: dict[tuple[str, ...], tuple[str, ...]] = {}  # modules of one class share their names
+    saved = []
+    for module in model.modules():
+        names = tuple(vars(module))
+        saved.append((module, layouts.setdefault(names, names), tuple(vars(module).values())))
     contents = [
         (container, copy(container))
-        for _, attributes in saved
-        for name, value in attributes.items()
+        for _, names, attributes in saved
+        for name, value in zip(names, attributes, strict=True)
         if name not in _MODULE_INTERNALS or name in _REGISTRIES
         for container in _containers_in(value)
     ]
@@ -82,9 +87,11 @@ def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, attributes in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for module, names, attributes in saved:
+            now = vars(module)
+            if tuple(now) != names or any(map(is_not, now.values(), attributes)):
+                now.clear()
+                now.update(zip(names, attributes, strict=True))
         for container, content in contents:
             if isinstance(container, list):
                 container[:] = content

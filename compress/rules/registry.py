@@ -31,6 +31,8 @@ _NUMPY_NAMES = {"dim": "axis", "keepdim": "keepdims", "input": "x", "other": "x2
 class Call:
     """One recorded call, with its arguments found by position or by name."""
 
+    __slots__ = ("name", "node")
+
     def __init__(self, node: fx.Node) -> None:
         self.node = node
         self.name: str = node.meta["name"]
@@ -72,7 +74,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return node.meta["shape"]  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Read:
     """What a call reads of one axis of one input.
 
@@ -88,7 +90,7 @@ class Read:
     carried: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Units:
     """New units: along ``axis`` of the call's output, and along ``weight_axis`` of its weight."""
 

@@ -17,7 +17,7 @@ from compress.speedup.decide import Decision
 from compress.speedup.knowledge import Knowledge
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slice:
     """What is kept of one parameter or buffer.
 
@@ -89,10 +89,6 @@ class Plan:
     carries: dict[str, list[Carry]] = field(default_factory=dict)
     attributes: list[Attribute] = field(default_factory=list)
 
-    @property
-    def empty(self) -> bool:
-        return not (self.slices or self.biases or self.carries or self.attributes)
-
 
 class PlanBuilder:
     """Collects the plan; rules add to it what their calls need."""
@@ -104,6 +100,7 @@ class PlanBuilder:
         self.plan = Plan()
         self.unset: list[fx.Node] = []
         self._attributes: dict[tuple[str, str], Attribute] = {}
+        self._shared: dict[bytes, np.ndarray] = {}
         for path, node in self.graph.trace.leaves.items():
             self._slice(path, node)
         if self.plan.slices:
@@ -118,14 +115,20 @@ class PlanBuilder:
     # -- slices ----------------------------------------------------------------------------
 
     def _slice(self, path: str, node: fx.Node) -> None:
-        keep: list[np.ndarray | None] = []
-        for labels in self.graph.axes[node]:
-            kept = None if labels is None else self.kept(labels)
-            keep.append(None if kept is None or kept.all() else np.flatnonzero(kept))
+        keep = [
+            None if labels is None else self._positions(self.kept(labels))
+            for labels in self.graph.axes[node]
+        ]
         crossing = self.graph.space.fields.get(path)
         gather = None if crossing is None else self._gather(crossing, keep)
         if gather is not None or any(k is not None for k in keep):
             self.plan.slices[path] = Slice(tuple(keep), gather)
+
+    def _positions(self, kept: np.ndarray) -> np.ndarray | None:
+        """The kept positions (None: all); coupled axes share one array."""
+        if kept.all():
+            return None
+        return self._shared.setdefault(kept.tobytes(), np.flatnonzero(kept))
 
     def _gather(self, each: Field, keep: list[np.ndarray | None]) -> tuple[int, np.ndarray] | None:
         """The positions along the field's axis that each kept row (or column) keeps."""
@@ -153,9 +156,9 @@ class PlanBuilder:
             self.plan.new_biases[path] = str(weight.target)
             labels = self.graph.axes[call.node][1 if weight.meta["shape"][2:] else -1]
             labels = self.graph.axes[weight][weight_out] if labels is None else labels
-            kept = None if labels is None else self.kept(labels)
-            if kept is not None and not kept.all():
-                self.plan.slices[path] = Slice((np.flatnonzero(kept),))
+            positions = None if labels is None else self._positions(self.kept(labels))
+            if positions is not None:
+                self.plan.slices[path] = Slice((positions,))
         self.plan.biases[path] = self.plan.biases.get(path, 0.0) + shift
 
     def carry(

@@ -81,20 +81,24 @@ def apply_plan(
 ) -> Callable[[], None]:
     """Shrink the model in place; returns the function that undoes it."""
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    replaced: list[_Before] = []
     undo: list[Callable[[], None]] = []
 
     def undo_all() -> None:
         for step in reversed(undo):
             step()
+        for tensor, data, grad in replaced:
+            _put(tensor, data, grad)
 
     try:
         with torch.no_grad():
+            # What fails half-way has been noted up to there: += takes them one by one.
             undo += (
                 _add_bias(model, path, tensors[weight], plan)
                 for path, weight in plan.new_biases.items()
             )
             touched = {**plan.slices, **plan.carries, **plan.biases, **masks}.keys()
-            undo += (
+            replaced += (
                 _replace(tensors[path], path, plan, masks) for path in touched if path in tensors
             )
             undo += (_set_attribute(model, attribute) for attribute in plan.attributes)
@@ -104,20 +108,23 @@ def apply_plan(
     return undo_all
 
 
+_Before = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # a tensor, its data, its gradient
+
+
 def _replace(
     tensor: torch.Tensor, path: str, plan: Plan, masks: Mapping[str, torch.Tensor]
-) -> Callable[[], None]:
+) -> _Before:
     data, grad = tensor.data, tensor.grad
     new = new_tensor(path, data, plan, masks)
     cut = plan.slices.get(path)
+    _put(tensor, new, grad if grad is None or cut is None else cut(grad))
+    return tensor, data, grad
 
-    def put(data: torch.Tensor, grad: torch.Tensor | None) -> None:
-        tensor.grad = None
-        tensor.data = data
-        tensor.grad = grad
 
-    put(new, grad if grad is None or cut is None else cut(grad))
-    return lambda: put(data, grad)
+def _put(tensor: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> None:
+    tensor.grad = None
+    tensor.data = data
+    tensor.grad = grad
 
 
 def _add_bias(model: nn.Module, path: str, weight: torch.Tensor, plan: Plan) -> Callable[[], None]:
