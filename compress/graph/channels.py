@@ -87,7 +87,7 @@ class ChannelGraph:
             source, key = node.args
             assert isinstance(source, fx.Node)
             return self.axes[source][key]
-        call = Call(node)
+        call = Call(node, self.model)
         rule = rule_for(call.name)
         try:
             axes = rule.labels(call, self.axes.__getitem__, self.space)

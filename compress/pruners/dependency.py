@@ -105,19 +105,41 @@ def _units(graph: ChannelGraph, name: str, units: int) -> np.ndarray:
 def _join_equal_parts(graph: ChannelGraph, layers: list[_Layer]) -> np.ndarray:
     """Roots in which what must go in equal numbers goes together.
 
-    In a grid whole columns go. Of the groups of a grouped convolution (the pieces of a chunk) the
-    lowest of each go together, then the second lowest, and so on.
+    Of the groups of a grouped convolution (the pieces of a chunk) the lowest of each go together,
+    then the second lowest, and so on.
     """
-    root = graph.root
-    for grid in graph.space.grids:
-        first = np.broadcast_to(grid.cells[:1], grid.cells.shape)
-        root = joined(root, [first.ravel()], [grid.cells.ravel()])
+    root = _join_grids(graph)
     for equal in graph.space.equal_parts:
         score = _score_by_root(root, layers)
         order = np.argsort(score[root[equal.parts]], axis=1, kind="stable")
         ranked = np.take_along_axis(equal.parts, order, axis=1)
         first = np.broadcast_to(ranked[:1], ranked.shape)
         root = joined(root, [first.ravel()], [ranked.ravel()])
+    return root
+
+
+def _join_grids(graph: ChannelGraph) -> np.ndarray:
+    """Roots in which a grid loses whole columns (a dim of every head), or else whole rows (heads).
+
+    Rows where columns cannot go (a scale or a rotation counts on the dims), and where the rows are
+    those of such a grid: the heads of q, k and v.
+    """
+    root, grids = graph.root, graph.space.grids
+    by_row = [bool((root[g.columns] == 0).any() and (root[g.rows] != 0).any()) for g in grids]
+    heads: set[int] = set()
+    while True:
+        found = {r for g, rows in zip(grids, by_row, strict=True) if rows for r in root[g.rows]}
+        if found <= heads | {0}:
+            break
+        heads |= found - {0}
+        by_row = [
+            rows or not heads.isdisjoint(root[g.rows])
+            for g, rows in zip(grids, by_row, strict=True)
+        ]
+    for grid, rows in zip(grids, by_row, strict=True):
+        lines = grid.rows[:, None] if rows else grid.columns[None, :]
+        lines = np.broadcast_to(lines, grid.cells.shape)
+        root = joined(root, [lines.ravel()], [grid.cells.ravel()])
     return root
 
 

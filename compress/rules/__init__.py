@@ -1,6 +1,14 @@
 """What each family of torch functions does to labels and to known values."""
 
-from compress.rules import attention, contraction, elementwise, movement, normalization, reduction
+from compress.rules import (
+    attention,
+    contraction,
+    elementwise,
+    movement,
+    normalization,
+    reduction,
+    statistics,
+)
 from compress.rules.registry import RULES, Rule, rule, rule_for
 
 __all__ = [
@@ -14,4 +22,5 @@ __all__ = [
     "reduction",
     "rule",
     "rule_for",
+    "statistics",
 ]

@@ -169,9 +169,12 @@ class Attention(Rule):
 
     def value(self, call: Call, known: Knowledge) -> Value:
         # The weights of each row sum up to 1: what is the same at all places comes out as it is.
-        value = known.value(self.operands(call)[2])
-        if value is None or value.shape[-2] > 1 or call.node.kwargs.get("enable_gqa"):
+        q, _, v = self.operands(call)
+        value = known.value(v)
+        if value is None or value.shape[-2] > 1:
             return None
+        if call.node.kwargs.get("enable_gqa") and value.shape[-3] > 1:
+            value = value.repeat_interleave(shape_of(q)[-3] // shape_of(v)[-3], -3)
         masked = call.arg(3, "attn_mask") is not None  # a row that is all masked gives 0, or NaN
         return torch.where(value == 0, value, torch.nan) if masked else value
 

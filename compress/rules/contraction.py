@@ -232,7 +232,7 @@ class Contraction(Rule):
             if labels is None:
                 return
             alive |= plan.kept(labels).reshape(g.groups, -1).any(1)
-        plan.set_size(call, "groups", g.groups, int(alive.sum()))
+        plan.set_number(call, "groups", g.groups, int(alive.sum()))
 
 
 def _oriented(stored: np.ndarray, g: Geometry) -> np.ndarray:

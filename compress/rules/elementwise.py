@@ -15,7 +15,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from compress.graph.labels import Axes, Axis, LabelSpace
-from compress.rules.registry import OPAQUE, Call, Rule, Value, rule, shape_of
+from compress.rules.registry import OPAQUE, Call, Rule, Value, no_axes, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -164,7 +164,7 @@ def _zero_times_unknown(call: Call, known: Knowledge, result: Value) -> Value:
         divisor = call.node.args[1] if len(factors) > 1 else 0
         value = known.value(divisor) if isinstance(divisor, fx.Node) else torch.tensor(divisor)
         certain = value is not None and bool(((value != 0) & ~value.isnan()).all())
-        factors = factors[:1] if certain else ()
+        factors = factors[:1] if certain or _bound(divisor) == _POSITIVE else ()
     for factor in factors:
         value = known.value(factor) if isinstance(factor, fx.Node) else None
         if value is None or not bool((value == 0).any()):
@@ -173,6 +173,35 @@ def _zero_times_unknown(call: Call, known: Knowledge, result: Value) -> Value:
             result = torch.full((1,) * len(call.shape), torch.nan, dtype=torch.float64)
         result = torch.where(value == 0, 0.0, result)
     return result
+
+
+_ANY, _NOT_NEGATIVE, _POSITIVE = range(3)
+_SQUARES = frozenset("square abs absolute relu relu6 norm linalg_norm vector_norm".split())
+_KEEPING = frozenset("sqrt mean sum view reshape unsqueeze squeeze expand clone contiguous".split())
+
+
+def _bound(operand: Any, depth: int = 8) -> int:
+    """What is certain of an operand whatever the input: >= 0, > 0 (a root of squares plus eps)."""
+    if isinstance(operand, (int, float)):
+        return _POSITIVE if operand > 0 else _NOT_NEGATIVE if operand == 0 else _ANY
+    if not isinstance(operand, fx.Node) or operand.op != "call_function" or depth == 0:
+        return _ANY
+    name, args = operand.meta["name"], (*operand.args, None, None)
+    if "max" in operand.kwargs:
+        return _ANY
+    if name in _SQUARES or (name == "pow" and args[1] in (2, 4)):
+        return _NOT_NEGATIVE
+    if name in _KEEPING:
+        return _bound(args[0], depth - 1)
+    if name in ("clamp_min", "maximum") or (name == "clamp" and args[2] is None):
+        low = operand.kwargs.get("min", args[1])
+        return max(_bound(args[0], depth - 1), _bound(low, depth - 1))
+    bounds = [_bound(a, depth - 1) for a in args[:2]]
+    if name in ("add", "iadd", "radd"):
+        return max(bounds) if min(bounds) > _ANY else _ANY
+    if name in _PRODUCTS:
+        return _NOT_NEGATIVE if args[0] is args[1] else min(*bounds, _NOT_NEGATIVE)
+    return _ANY
 
 
 @rule(*IDENTITY)
@@ -223,5 +252,19 @@ class Like(Rule):
     def value(self, call: Call, known: Knowledge) -> Value:
         constants = {"zeros_like": 0.0, "ones_like": 1.0}
         if call.name not in constants:
+            return None
+        return torch.full((1,) * len(call.shape), constants[call.name], dtype=torch.float64)
+
+
+@rule("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+class New(Rule):
+    """A tensor of given sizes, of another's type and device: nothing of that one is read."""
+
+    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Any:
+        return no_axes(call.shape)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        constants = {"new_zeros": 0.0, "new_ones": 1.0}
+        if call.name not in constants or not call.node.meta["dtype"].is_floating_point:
             return None
         return torch.full((1,) * len(call.shape), constants[call.name], dtype=torch.float64)

@@ -315,10 +315,11 @@ class Reorder(Rule):
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         given = list(axes(call.first))
         dims = call.rest(1, "dims") if call.name == "flip" else call.arg(2, "dims", ())
+        dims = {"fliplr": 1, "flipud": 0}.get(call.name, dims)
         moved = [dims] if isinstance(dims, int) else list(dims or range(len(given)))
         for dim in (normal_axis(d, len(given)) for d in moved):
             axis = given[dim]
-            if call.name == "flip" and axis is not None:
+            if call.name != "roll" and axis is not None:
                 given[dim] = np.ascontiguousarray(axis[::-1])
             else:
                 space.pin(axis, call.node, f"changes places in {call.name}")
@@ -327,9 +328,11 @@ class Reorder(Rule):
 
     def value(self, call: Call, known: Knowledge) -> Value:
         value = known.value(call.first)
-        if value is None or call.name != "flip":
-            return None
-        return value.flip(call.rest(1, "dims"))
+        if value is None or call.name.startswith("flip"):
+            order = {"fliplr": (1,), "flipud": (0,)}.get(call.name) or call.rest(1, "dims")
+            return None if value is None else value.flip(order)
+        dims = call.arg(2, "dims", ())
+        return None if dims == () else value.roll(call.arg(1, "shifts"), dims)
 
 
 @rule("repeat", "tile")

@@ -130,22 +130,15 @@ class GroupNorm(Rule):
         axis, groups = plan.knowledge.axis(call.node, 1), call.arg(1, "num_groups")
         if axis is not None:
             left = int(plan.kept(axis).reshape(groups, -1)[:, 0].sum())
-            plan.set_size(call, "num_groups", groups, left)
+            plan.set_number(call, "num_groups", groups, left)
 
 
-@rule("layer_norm", "rms_norm", "local_response_norm")
+@rule("local_response_norm")
 class NormOverChannels(Rule):
-    """Statistics over the last axes: what they are taken over stays as it is."""
+    """Statistics over neighbouring channels: they stay as they are."""
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         result = list(axes(call.first))
-        if call.name == "local_response_norm":
-            over = range(1, 2)
-        else:
-            over = range(len(result) - len(call.arg(1, "normalized_shape")), len(result))
-        for i in over:
-            space.pin(result[i], call.node, f"is what {call.name} takes its statistics over")
-            result[i] = None
-        for node in call.inputs[1:]:
-            space.pin_all(axes(node), call.node, f"belongs to a {call.name} of fixed size")
+        space.pin(result[1], call.node, f"is what {call.name} takes its statistics over")
+        result[1] = None
         return tuple(result)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from compress.graph.labels import Axes, Labels, LabelSpace
 
@@ -31,10 +31,11 @@ _NUMPY_NAMES = {"dim": "axis", "keepdim": "keepdims", "input": "x", "other": "x2
 class Call:
     """One recorded call, with its arguments found by position or by name."""
 
-    __slots__ = ("name", "node")
+    __slots__ = ("model", "name", "node")
 
-    def __init__(self, node: fx.Node) -> None:
+    def __init__(self, node: fx.Node, model: nn.Module | None = None) -> None:
         self.node = node
+        self.model = model
         self.name: str = node.meta["name"]
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
@@ -68,6 +69,12 @@ class Call:
     @property
     def module(self) -> str:
         return self.node.meta["module"]  # type: ignore[no-any-return]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that the call ran in."""
+        assert self.model is not None, "only the calls of a channel graph know their model"
+        return self.model.get_submodule(self.module)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

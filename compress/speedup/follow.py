@@ -63,6 +63,8 @@ class Follower:
             for other in self._same_line(node):
                 _pin_sizes(decision, other, reason)
             return
+        if self._equalise_size_reads(node):
+            return
         if _pin_size_reads(decision, node.meta["module"], reason):
             return
         self._tried.clear()
@@ -116,6 +118,26 @@ class Follower:
         self.graph.space.equal_parts.append(EqualParts(np.stack([left, right]), other))
         return True
 
+    def _equalise_size_reads(self, node: fx.Node) -> bool:
+        """Where a size that the module read off a tensor is given to this call: equally many.
+
+        ``b, n, c = x.shape`` and later ``y.reshape(b, n, c)``: y's features are counted as x's.
+        """
+        for read, where in self.graph.trace.size_reads:
+            if where != node.meta["module"] or read is node or not _one_shape(read):
+                continue
+            for axis, size in enumerate(read.meta["shape"]):
+                key, one = (("", str(axis)), read, node), self.graph.axis(read, axis)
+                other = self._counted_axis(node, size)
+                if one is None or other is None or key in self._coupled:
+                    continue
+                self._coupled.add(key)
+                if not np.array_equal(self.graph.root[one], self.graph.root[other]):
+                    both = EqualParts(np.stack([one, other]), node)
+                    self.graph.space.equal_parts.append(both)
+                    return True
+        return False
+
     def _counted_axis(self, node: fx.Node, size: int) -> Axis:
         """The axis of a call's output whose size the caller gave as ``size``."""
         for axis, given in rule_for(node.meta["name"]).given_sizes(Call(node)).items():
@@ -156,6 +178,12 @@ def _flat(shape: Any) -> list[int]:
     return [s for s in tree_leaves(shape) if s is not None]
 
 
+def _one_shape(node: fx.Node) -> bool:
+    """Whether a node stands for one tensor, not for several."""
+    shape = node.meta["shape"]
+    return not shape or isinstance(shape[0], int)
+
+
 def _pin_size_reads(decision: Decision, module: str, reason: str) -> bool:
     """Keep the sizes that a module's forward reads off its tensors; returns whether that was news.
 
@@ -164,7 +192,7 @@ def _pin_size_reads(decision: Decision, module: str, reason: str) -> bool:
     news = False
     for node, where in decision.graph.trace.size_reads:
         shape, expected = node.meta["shape"], expected_shape(decision, node)
-        if where == module and shape != expected and (not shape or isinstance(shape[0], int)):
+        if where == module and shape != expected and _one_shape(node):
             axes = [i for i, size in enumerate(shape) if size != expected[i]]
             news |= decision.graph.pin(node, axes, reason)
     return news

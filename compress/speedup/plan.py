@@ -74,20 +74,40 @@ class Attribute:
     new: Any
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Multiply a parameter p by a factor where it enters as p + shift: (p + s) f - s."""
+
+    factor: float
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A module that becomes a ``compress.layers`` class, with these attributes."""
+
+    module: str
+    kind: str
+    options: dict[str, Any]
+
+
 @dataclass
 class Plan:
     """Everything the surgery does, by parameter path.
 
     ``slices``: what is kept. ``biases``: what is added to a bias (positions as they were);
     ``new_biases``: the biases that are made for it, each with the weight it belongs to.
-    ``carries``: constants moved within a weight. ``attributes``: sizes set on modules.
+    ``carries``: constants moved within a weight. ``scales``: parameters multiplied by a number.
+    ``attributes``: sizes and numbers set on modules. ``replacements``: modules of another class.
     """
 
     slices: dict[str, Slice] = field(default_factory=dict)
     biases: dict[str, np.ndarray] = field(default_factory=dict)
     new_biases: dict[str, str] = field(default_factory=dict)
     carries: dict[str, list[Carry]] = field(default_factory=dict)
+    scales: dict[str, Scale] = field(default_factory=dict)
     attributes: list[Attribute] = field(default_factory=list)
+    replacements: list[Replacement] = field(default_factory=list)
 
 
 class PlanBuilder:
@@ -173,15 +193,22 @@ class PlanBuilder:
         carries = self.plan.carries.setdefault(str(weight.target), [])
         carries.append(Carry(axis, target, sources, ratios))
 
-    def set_size(self, call: Call, name: str, old: int, new: int) -> None:
-        """Set the attribute ``name`` of the module that a call ran in."""
+    def scale(self, path: str, factor: float, shift: float = 0.0) -> None:
+        """Multiply a parameter that enters as itself plus ``shift``."""
+        self.plan.scales[path] = Scale(factor, shift)
+
+    def replace(self, call: Call, kind: str, options: dict[str, Any]) -> None:
+        """Make the module that a call ran in one of ``compress.layers``."""
+        self.plan.replacements.append(Replacement(call.module, kind, options))
+
+    def set_number(self, call: Call, name: str, old: Any, new: Any) -> None:
+        """Set the attribute ``name`` (a size, an epsilon) of the module that a call ran in."""
         if old == new:
             return
-        module = self.graph.model.get_submodule(call.module)
-        if getattr(module, name, None) != old:
-            self.unset.append(call.node)  # a number in the user's code
-            return
-        self._attributes[call.module, name] = Attribute(call.module, name, old, new)
+        attribute = Attribute(call.module, name, old, new)
+        other = self._attributes.setdefault((call.module, name), attribute)
+        if getattr(call.owner, name, None) != old or other != attribute:
+            self.unset.append(call.node)  # a number in the user's code, or two wishes for one
 
     def add_attributes(self, attributes: Iterable[Attribute]) -> None:
         """Set further attributes, where no rule has set them."""

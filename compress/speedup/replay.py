@@ -16,6 +16,7 @@ from compress.graph.run import run_recorded
 from compress.graph.trace import Recorder
 from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
+from compress.speedup.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def needs_replay(decision: Decision) -> bool:
     return any(changes(node) or any(map(changes, node.all_input_nodes)) for node in sized)
 
 
-def replay(model: nn.Module, dummy_input: Any, decision: Decision) -> Mismatch | None:
+def replay(model: nn.Module, dummy_input: Any, decision: Decision, plan: Plan) -> Mismatch | None:
     """Record the shrunk model and hold it against the plan, call by call."""
     graph = decision.graph
     recorder, error = Recorder(), ""
@@ -63,10 +64,11 @@ def replay(model: nn.Module, dummy_input: Any, decision: Decision) -> Mismatch |
         run_recorded(model, dummy_input, graph.trace.on_meta, graph.trace.training, recorder)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}".splitlines()[0]
+    numbers = {(a.module, a.old): a.new for a in plan.attributes if type(a.old) is float}
     calls = [n for n in graph.trace.nodes if n.op == "call_function"]
     again = [n for n in recorder.graph.nodes if n.op == "call_function"]
     for index, (before, after) in enumerate(zip(calls, again, strict=False)):
-        got = _difference(decision, before, after)
+        got = _difference(decision, numbers, before, after)
         if got:
             return Mismatch(before, index, got)
     if (error and not graph.trace.partial) or len(again) != len(calls):
@@ -75,7 +77,9 @@ def replay(model: nn.Module, dummy_input: Any, decision: Decision) -> Mismatch |
     return None
 
 
-def _difference(decision: Decision, before: fx.Node, after: fx.Node) -> str:
+def _difference(
+    decision: Decision, numbers: dict[tuple[str, float], float], before: fx.Node, after: fx.Node
+) -> str:
     if before.meta["name"] != after.meta["name"]:
         return f"it calls {after.meta['name']} instead of {before.meta['name']}"
     expected, got = expected_shape(decision, before), after.meta["shape"]
@@ -84,7 +88,8 @@ def _difference(decision: Decision, before: fx.Node, after: fx.Node) -> str:
     call, rule = Call(before), rule_for(before.meta["name"])
     if rule.sized(call) or rule.makes(call) is not None:
         return ""  # its numbers are sizes and groups, which the shapes tell
-    if _numbers(before) != _numbers(after):
+    module = before.meta["module"]
+    if [numbers.get((module, n), n) for n in _numbers(before)] != _numbers(after):
         return f"{before.meta['name']} computes with another number"
     return ""
 

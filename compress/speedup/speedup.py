@@ -198,7 +198,11 @@ class ModelSpeedup:
                 replays = bool(builder.plan.slices) and (
                     always_replay or bool(attributes) or needs_replay(decision)
                 )
-                mismatch = replay(self.model, self.dummy_input, decision) if replays else None
+                mismatch = (
+                    replay(self.model, self.dummy_input, decision, builder.plan)
+                    if replays
+                    else None
+                )
             except BaseException:
                 undo()
                 raise
@@ -225,6 +229,8 @@ def _without_moved(mask: torch.Tensor, plan: Plan, path: str) -> torch.Tensor:
     mask = mask.clone()
     if path in plan.biases:
         mask |= torch.from_numpy(plan.biases[path] != 0).to(mask.device)
+    if path in plan.scales and plan.scales[path].shift:
+        mask.fill_(True)
     for carry in plan.carries.get(path, ()):
         mask.select(carry.axis, carry.target).fill_(True)
     return mask

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from compress import layers
 from compress.speedup.knowledge import all_by_row
-from compress.speedup.plan import Attribute, Carry, Plan, Slice
+from compress.speedup.plan import Attribute, Carry, Plan, Replacement, Slice
 
 
 def new_tensor(
@@ -27,6 +28,10 @@ def new_tensor(
         result = _masked(result, mask.to(tensor.device), cut)
     for carry in plan.carries.get(path, ()):
         result = _carried(result, tensor, mask, cut, carry)
+    if path in plan.scales:
+        scale = plan.scales[path]
+        wide = (result.double() + scale.shift) * scale.factor - scale.shift
+        result = wide.to(tensor.dtype)
     if path in plan.biases:
         shift = torch.from_numpy(plan.biases[path]).to(tensor.device)
         result = (result.double() + cut(shift)).to(tensor.dtype)
@@ -97,10 +102,13 @@ def apply_plan(
                 _add_bias(model, path, tensors[weight], plan)
                 for path, weight in plan.new_biases.items()
             )
-            touched = {**plan.slices, **plan.carries, **plan.biases, **masks}.keys()
+            touched = {
+                **plan.slices, **plan.carries, **plan.scales, **plan.biases, **masks,
+            }.keys()  # fmt: skip
             replaced += (
                 _replace(tensors[path], path, plan, masks) for path in touched if path in tensors
             )
+            undo += (_replace_module(model, replacement) for replacement in plan.replacements)
             undo += (_set_attribute(model, attribute) for attribute in plan.attributes)
     except BaseException:
         undo_all()
@@ -123,6 +131,11 @@ def _replace(
 
 def _put(tensor: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> None:
     tensor.grad = None
+    if tensor.requires_grad and data.shape != tensor.shape:
+        # An autograd graph that is still alive (the last loss, say) holds on to the node that sums
+        # up the old gradient, and torch would go on using it: only another type makes it let go.
+        other = torch.float16 if data.dtype == torch.float32 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
     tensor.data = data
     tensor.grad = grad
 
@@ -144,6 +157,23 @@ def _set_attribute(model: nn.Module, attribute: Attribute) -> Callable[[], None]
     module = model.get_submodule(attribute.module)
     setattr(module, attribute.name, attribute.new)
     return lambda: setattr(module, attribute.name, attribute.old)
+
+
+def _replace_module(model: nn.Module, replacement: Replacement) -> Callable[[], None]:
+    """The same module object, of another class: hooks, parameters and references stay."""
+    module = model.get_submodule(replacement.module)
+    before, cls = dict(vars(module)), type(module)
+    module.__class__ = getattr(layers, replacement.kind)
+    vars(module).update(replacement.options)
+
+    def undo() -> None:
+        module.__class__ = cls
+        for name in replacement.options:
+            vars(module).pop(name, None)
+            if name in before:
+                vars(module)[name] = before[name]
+
+    return undo
 
 
 def slice_optimizer(
