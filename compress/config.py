@@ -35,8 +35,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from compress.errors import ConfigError
-from compress.masks import closest, raw_parameter
+from compress.errors import ConfigError, closest
+from compress.masks import raw_parameter
 
 DEFAULT = "default"
 
