@@ -481,6 +481,8 @@ def test_channels_last_stays() -> None:
     assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+# torch 2.4 warns of its own way to load a pickled tensor.
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")
 def test_small_model_can_be_copied_and_pickled() -> None:
     model = chain()
     ModelSpeedup(model, pictures(), half_masks(model)).speedup_model()
@@ -540,6 +542,26 @@ def test_limits_are_kept(limits: dict[str, int]) -> None:
     check_exact(model, pictures(), half_masks(model), **limits)
     widths = [model[0].out_channels, model[3].out_channels]
     assert widths == ([4, 8] if "round_to" in limits else [5, 6])
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted"),
+    [
+        ({"round_to": 5}, "a multiple of 5 (round_to)"),
+        ({"min_channels": 5}, "at least 5 channels (min_channels)"),
+        (
+            {"min_channels": 4, "round_to": 5},
+            "at least 4 channels (min_channels) and a multiple of 5 (round_to)",
+        ),
+    ],
+)
+def test_the_report_says_which_limit_keeps_a_channel(limits: dict[str, int], wanted: str) -> None:
+    model = chain()
+    masks = {"3": filters(model[3], 0, 1, 4, 6, 7)}
+    report = check_exact(model, pictures(), masks, **limits).report
+    kept = {layer.layer: layer.kept for layer in report.layers}
+    assert kept["3"] == {f"completes its layer to {wanted}": 2}
+    assert model[3].out_channels == 5
 
 
 # -- the model's own code ------------------------------------------------------------------
@@ -956,7 +978,8 @@ def test_a_compiled_part_is_seen_through() -> None:
             getattr(masked.get_submodule(path), name).data.mul_(mask)
     x = torch.rand(3, 4, dtype=torch.float64)
     ModelSpeedup(model, x, masks).speedup_model()
-    assert (model[0].out_features, inner._orig_mod[0].out_features) == (6, 5)
+    if hasattr(torch.compiler, "set_stance"):  # before torch 2.6 compiled parts cannot be seen into
+        assert (model[0].out_features, inner._orig_mod[0].out_features) == (6, 5)
     with torch.no_grad():
         torch.testing.assert_close(model(x), masked(x), rtol=1e-10, atol=1e-10)
 
