@@ -1,6 +1,6 @@
 """Shrink every model of the zoo, each in a process of its own, and see whether it stays the same.
 
-    python benchmarks/zoo.py                     # all (about an hour on one core)
+    python benchmarks/zoo.py                     # all (an hour or more on one core)
     python benchmarks/zoo.py --group timm
     python benchmarks/zoo.py --only resnet18 hf/bert --json /tmp/out.json
 
