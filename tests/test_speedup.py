@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
 from collections.abc import Callable
@@ -488,6 +489,28 @@ def test_small_model_can_be_copied_and_pickled() -> None:
     ModelSpeedup(model, pictures(), half_masks(model)).speedup_model()
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(again(pictures()), model(pictures()))
+
+
+def test_masks_on_the_model_and_masks_given_are_held_once_each() -> None:
+    """While the model runs: those given, and what both keep; thousands of masks weigh something."""
+
+    class Counting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            alive.append(sum(type(each) is Masks for each in gc.get_objects()))
+            return super().forward(x)
+
+    alive: list[int] = []
+    model = Counting(*chain())
+    Masks({"0": filters(model[0], 1)}).apply(model)
+    given = Masks({"0": filters(model[0], 2), "3": filters(model[3], 0)})
+    before = copy.deepcopy(given)
+    gc.collect()
+    model(pictures())
+    speedup = ModelSpeedup(model, pictures(), given)
+    speedup.speedup_model()
+    assert max(alive) == alive[0] + 2
+    assert given == before
+    assert (model[0].out_channels, model[3].out_channels) == (5, 7)
 
 
 def test_shared_module_and_tied_weight_stay_one() -> None:
