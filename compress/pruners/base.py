@@ -147,7 +147,10 @@ class Pruner(ABC):
             for name in (target.name, *target.tied):
                 one = Layer(name, modules[name], layer.weight)
                 entries[name] = self.expand(one, keep[target.name])
-        return Masks(entries) & extra & before
+        masks = Masks(entries)
+        masks &= extra
+        masks &= before
+        return masks
 
     def compress(self) -> tuple[nn.Module, Masks]:
         """Mask the model, in place.
