@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench zoo clean
 
 # Where other work shares the cores, threads that spin while they wait make training 5 times slower.
 demo: $(STAMP)
@@ -22,6 +22,11 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/pip install --quiet -e ".[bench]"
 	$(BIN)/python benchmarks/speedup_time.py
+
+# ARGS="--group timm" for a part of it.
+zoo: $(STAMP)
+	$(BIN)/pip install --quiet -e ".[zoo]"
+	$(BIN)/python benchmarks/zoo.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

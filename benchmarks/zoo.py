@@ -1,6 +1,6 @@
 """Shrink every model of the zoo, each in a process of its own, and see whether it stays the same.
 
-    python benchmarks/zoo.py                     # all (about an hour on one core)
+    python benchmarks/zoo.py                     # all (an hour or more on one core)
     python benchmarks/zoo.py --group timm
     python benchmarks/zoo.py --only resnet18 hf/bert --json /tmp/out.json
 
@@ -370,7 +370,8 @@ class Run:
         inputs = seeded(self.entry.train_inputs or self.entry.inputs, 2, 3)
         try:
             outputs = list(tensors_in(call(model, inputs)))
-            sum(t.sum() for t in outputs if t.requires_grad).backward()  # type: ignore[union-attr]
+            total = sum((t.sum() for t in outputs if t.requires_grad), torch.zeros(()))
+            torch.autograd.backward(total)
             return True
         except Exception as error:
             return line_of(error)
@@ -447,7 +448,9 @@ def measure(name: str, limit_s: float, limit_mb: float) -> Record:
 
 def commit() -> str:
     """Which version of the library ran, "-dirty" when it had changes."""
-    place = Path(str(importlib.util.find_spec("compress").origin)).parent  # type: ignore[union-attr]
+    spec = importlib.util.find_spec("compress")
+    assert spec is not None
+    place = Path(str(spec.origin)).parent
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     found = subprocess.run(command, cwd=place, capture_output=True, text=True)
     return found.stdout.strip() or place.parent.name
@@ -456,7 +459,8 @@ def commit() -> str:
 def last_record(text: str) -> Record:
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
-            return json.loads(line)  # type: ignore[no-any-return]
+            record: Record = json.loads(line)
+            return record
     return {"stage": "build"}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -121,7 +122,8 @@ def small_mvit(name: str) -> nn.Module:
 
     make = mvit._mvit
     with mock.patch.object(mvit, "_mvit", lambda **o: make(**o | FILM)):
-        return mvit.__dict__[name](weights=None)  # type: ignore[no-any-return]
+        model: nn.Module = getattr(mvit, name)(weights=None)
+        return model
 
 
 FILM = {"spatial_size": (64, 64), "temporal_size": 8}
@@ -150,7 +152,8 @@ def _detector(name: str, model: nn.Module) -> Entry:
     size = 300 if name.startswith("ssd") else 128
     # Their transform scales every picture to 800 pixels: that would take minutes.
     if hasattr(model, "transform") and not name.startswith("ssd"):
-        model.transform.min_size, model.transform.max_size = (size,), size  # type: ignore[union-attr]
+        transform: Any = model.transform
+        transform.min_size, transform.max_size = (size,), size
 
     def inputs(batch: int) -> tuple[list[Tensor]]:
         return ([torch.rand(3, size, size) for _ in range(batch)],)
@@ -432,15 +435,11 @@ def zoo() -> Zoo:
     names = (FAMILIES + SEGMENTATION + VIDEO + " " + FLOW + DETECTION + VARIANTS).split()
     for name in names + HEAVY.split():
         heavy = name in HEAVY.split()
-        found.add("torchvision", name, lambda n=name: torchvision_model(n), heavy)  # type: ignore[misc]
+        found.add("torchvision", name, partial(torchvision_model, name), heavy)
     for module in TIMM:
-        found.add("timm", f"timm/{module}", lambda m=module: timm_model(m))  # type: ignore[misc]
+        found.add("timm", f"timm/{module}", partial(timm_model, module))
     for name in TRANSFORMERS:
-        found.add("transformers", f"hf/{name}", lambda n=name: transformers_model(n))  # type: ignore[misc]
+        found.add("transformers", f"hf/{name}", partial(transformers_model, name))
     for name in EAGER:
-        found.add(
-            "transformers",
-            f"hf/{name}_eager",
-            lambda n=name: transformers_model(n, "eager"),  # type: ignore[misc]
-        )
+        found.add("transformers", f"hf/{name}_eager", partial(transformers_model, name, "eager"))
     return found

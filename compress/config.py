@@ -5,22 +5,25 @@ selector:
 
 | key | meaning |
 |---|---|
-| ``sparsity``, ``sparsity_per_layer`` | fraction to mask in every selected layer, in [0, 1); the same |
+| ``sparsity``, ``sparsity_per_layer`` | the same: fraction to mask in every layer, in [0, 1) |
 | ``total_sparsity`` | fraction of the weights of all the selected layers together, in [0, 1) |
-| ``max_sparsity_per_layer`` | with ``total_sparsity``: the most that one layer may lose, a number in [0, 1] or ``{layer name: number}`` |
+| ``max_sparsity_per_layer`` | with ``total_sparsity``: the most that a layer may lose; see below |
 | ``exclude`` | True: the selected layers are not pruned; False says nothing |
-| ``op_types`` | class names; a subclass matches too; ``"default"`` is every type that the pruner supports |
+| ``op_types`` | class names, subclasses match; ``"default"``: all types that the pruner supports |
 | ``op_names`` | module paths, whole |
 | ``op_partial_names`` | parts of module paths |
-| ``op_names_re`` | regular expressions, found anywhere in the path (``re.search``); one may be given as a plain string |
+| ``op_names_re`` | regular expressions, found anywhere in the path (``re.search``) |
+
+``max_sparsity_per_layer`` is a number in [0, 1] or ``{layer name: number}``. One regular expression
+may be given as a plain string.
 
 Within one selector a layer has to match any of the values; several selectors must all match, as in
-NNI. A layer takes the **last** entry that matches it, and is not pruned if that one excludes it. The
-list is read, never changed.
+NNI. A layer takes the **last** entry that matches it, and is not pruned if that one excludes it.
+The list is read, never changed.
 
 A sparsity below 1 cannot empty a layer, since ``floor(sparsity · units)`` units go. A
 ``total_sparsity`` that the limits of the layers do not allow is refused by `compress.allocate`.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from compress.errors import ConfigError
-from compress.masks import closest, raw_parameter
+from compress.errors import ConfigError, closest
+from compress.masks import raw_parameter
 
 DEFAULT = "default"
 

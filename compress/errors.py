@@ -6,6 +6,9 @@ raised before the model is touched.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class CompressError(Exception):
     """Base of all errors of this package: ``except CompressError`` catches every one."""
@@ -29,3 +32,9 @@ class SpeedupError(CompressError, RuntimeError):
 
 class VerificationError(SpeedupError):
     """The shrunk model did not compute what the masked one does; the change was undone."""
+
+
+def closest(name: str, existing: Iterable[str]) -> str:
+    """The part of a message that suggests the existing name most like ``name``; may be empty."""
+    found = difflib.get_close_matches(name, list(existing), n=1, cutoff=0.4)
+    return f"; did you mean {found[0]!r}?" if found else ""

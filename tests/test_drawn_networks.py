@@ -42,9 +42,16 @@ def is_tame(model: nn.Module, masks: MaskDict, x: Tensor) -> bool:
     return all(bool(t.isfinite().all()) and bool((t.abs() < 1e6).all()) for t in tensors)
 
 
-def check_drawn(choices: Choices, steps: int, dtype: torch.dtype = torch.float64) -> None:
+def drawn(
+    choices: Choices, steps: int, dtype: torch.dtype = torch.float64
+) -> tuple[nn.Module, Tensor, MaskDict]:
+    """A network, its input and masks for it."""
     model, x = draw_network(choices, steps, dtype)
-    masks = draw_masks(choices, model)
+    return model, x, draw_masks(choices, model)
+
+
+def check_drawn(choices: Choices, steps: int, dtype: torch.dtype = torch.float64) -> None:
+    model, x, masks = drawn(choices, steps, dtype)
     if is_tame(model, masks, x):
         check_exact(model, x, masks)
 
@@ -70,9 +77,7 @@ def test_single_precision(seed: int) -> None:
 @DRAWN
 @given(seed=st.integers(0, 2**32))
 def test_a_second_speedup_is_exact_too(seed: int) -> None:
-    choices = SeededChoices(seed)
-    model, x = draw_network(choices, 6)
-    masks = draw_masks(choices, model)
+    model, x, masks = drawn(SeededChoices(seed), 6)
     if not is_tame(model, masks, x):
         return
     first = check_exact(model, x, masks, trains=False)
@@ -85,9 +90,7 @@ def test_a_second_speedup_is_exact_too(seed: int) -> None:
 @given(seed=st.integers(0, 2**32))
 def test_masks_already_on_the_model_count(seed: int) -> None:
     """Half of the masks applied before, half given: as all of them given."""
-    choices = SeededChoices(seed)
-    model, x = draw_network(choices, 5)
-    masks = draw_masks(choices, model)
+    model, x, masks = drawn(SeededChoices(seed), 5)
     if not is_tame(model, masks, x) or not masks:
         return
     both = copy.deepcopy(model)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from compress.graph.labels import LabelSpace
+from compress.graph.labels import LabelSpace, each_output
 from compress.graph.shapes import per_position, regroup, reshape_compact
 
 NODE = fx.Graph().placeholder("x")
@@ -78,3 +78,11 @@ def test_ties_join_classes_and_pins_reach_all_of_a_class():
     assert space.roots()[c].tolist() == a.tolist()
     assert space.tie(c, None, NODE, "meets a fixed size") is None
     assert space.roots()[a].tolist() == [0, 0]
+
+
+def test_each_output_is_one_or_several() -> None:
+    vector = np.array([1, 2])
+    assert list(each_output(None)) == []
+    assert list(each_output((None, vector))) == [(None, vector)]
+    assert list(each_output(((vector,), None, (None,)))) == [(vector,), (None,)]
+    assert list(each_output((None, (vector,)))) == [(vector,)]

@@ -23,6 +23,8 @@ from compress.masks import (
     suspend_masks,
 )
 
+ONE = torch.tensor([True])
+
 
 def rows(*keep: int, columns: int) -> Tensor:
     """A mask of whole rows."""
@@ -111,6 +113,41 @@ def test_and_keeps_what_both_keep() -> None:
     assert left["a"]["x"].tolist() == [True, True, False]
     with pytest.raises(MaskError, match=r"a\.x: shapes \(3,\) and \(1,\) differ"):
         left & Masks({"a": {"x": torch.tensor([1])}})
+
+
+def test_and_in_place_copies_only_what_the_other_alone_has() -> None:
+    masks = Masks({"a": {"x": torch.tensor([1, 1, 0])}, "b": {"y": torch.tensor([1])}})
+    other = Masks({"a": {"x": torch.tensor([0, 1, 1]), "z": torch.tensor([0])}, "c": {"w": ONE}})
+    expected = masks & other
+    same, alone = masks, masks["b"]["y"]
+    masks &= other
+    assert masks is same
+    assert masks == expected
+    assert masks["b"]["y"] is alone
+    masks["c"]["w"][0] = False
+    assert other["c"]["w"].item()
+    assert other["a"]["x"].tolist() == [False, True, True]
+    masks &= masks
+    assert masks["a"]["x"].tolist() == [False, True, False]
+
+
+def test_a_refused_and_in_place_changes_nothing() -> None:
+    masks = Masks({"a": {"x": torch.tensor([1, 0])}, "b": {"y": torch.tensor([1, 1])}})
+    before = Masks(masks)
+    with pytest.raises(MaskError, match=r"b\.y: shapes \(2,\) and \(1,\) differ"):
+        masks &= Masks({"a": {"x": torch.tensor([0, 0])}, "b": {"y": ONE}})
+    assert masks == before
+    with pytest.raises(TypeError):
+        masks &= {"a": {"x": torch.tensor([0, 0])}}
+    with pytest.raises(TypeError):
+        masks & 3
+
+
+def test_masks_made_in_inference_mode_combine_outside_of_it() -> None:
+    with torch.inference_mode():
+        masks = Masks({"a": {"x": torch.tensor([1, 1, 0])}})
+    masks &= Masks({"a": {"x": torch.tensor([0, 1, 1])}})
+    assert masks["a"]["x"].tolist() == [False, True, False]
 
 
 def test_entries_cannot_be_replaced_unchecked() -> None:

@@ -1,9 +1,12 @@
 """Every Python block of the README runs, in order, as one session."""
 
+import inspect
 import re
 from pathlib import Path
 
 import torch
+
+from compress import ModelSpeedup
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -27,3 +30,10 @@ def test_the_snippets_run(tmp_path, monkeypatch):
             assert f"-> {left:,} parameters" in next(blocks("text"))[1]  # the output that is shown
     image = torch.rand(1, 3, 32, 32)
     assert session["small"].eval()(image).shape == (1, 10)
+
+
+def test_every_option_of_a_speedup_is_in_the_table_with_its_default():
+    text = README.read_text(encoding="utf-8")
+    for option in list(inspect.signature(ModelSpeedup).parameters.values())[3:]:
+        default = f'"{option.default}"' if isinstance(option.default, str) else option.default
+        assert f"| `{option.name}={default}` |" in text

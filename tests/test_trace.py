@@ -10,10 +10,12 @@ import pytest
 import torch
 from oracle import check_exact, randomise
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compress.errors import TraceError
 from compress.graph.run import record
-from compress.graph.trace import Trace
+from compress.graph.trace import Trace, function_name
+from compress.rules.registry import RULES
 
 
 class Forward(nn.Module):
@@ -130,6 +132,44 @@ def test_getitem_and_setitem() -> None:
     assert [n for n in names(trace) if "item" in n] == ["getitem", "setitem"]
     head = next(n for n in trace.nodes if n.meta["name"] == "conv2d" and n.meta["module"] == "head")
     assert head.args[0].meta["name"] == "setitem"
+
+
+# -- names ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: 1 - x, lambda x: 2 + x, lambda x: 2 * x, lambda x: 1 / (x.abs() + 1),
+        lambda x: 2**x, lambda x: x**2, lambda x: 3 // (x.abs() + 1), lambda x: -x,
+        lambda x: x % 2, lambda x: (x > 0) * x, lambda x: (True & (x > 0)) * x,
+        lambda x: (False | (x >= 0)) * x, lambda x: (True ^ (x != 0)) * x, lambda x: ~(x > 0) * x,
+        lambda x: ((x > 0) | (x < 1)) * x, lambda x: ((x > 0) & (x < 1)) * x,
+        lambda x: ((x > 0) ^ (x < 1)) * x, F.logsigmoid,
+    ],
+)  # fmt: skip
+def test_operators_are_recorded_under_names_that_have_a_rule(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    model = Forward(function)
+    assert [name for name in names(record(model, pictures())) if name not in RULES] == []
+    check_exact(model, pictures(), filters(model, 1, 2))
+    assert model.conv.out_channels == 2
+
+
+def test_an_attribute_goes_by_its_name() -> None:
+    assert function_name(torch.Tensor.T.__get__) == "T"
+    assert function_name(torch.Tensor.data.__set__) == "set_data"
+    written_in_python = torch.Tensor.__cuda_array_interface__
+    assert isinstance(written_in_python, property)
+    assert function_name(written_in_python.__get__) == "__cuda_array_interface__"
+
+
+def test_a_factory_has_no_rule_of_an_operator() -> None:
+    """``torch.rand`` and a reflected ``&``, ``__rand__``, would have one plain name."""
+    trace = record(Forward(lambda x: x + torch.rand(5)), pictures())
+    assert "rand" in names(trace)
+    assert "rand" not in RULES
 
 
 # -- writing in place ----------------------------------------------------------------------

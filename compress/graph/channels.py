@@ -6,7 +6,6 @@ which parameters must go together, and which cannot go at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +14,7 @@ import networkx as nx
 import numpy as np
 from torch import fx, nn
 
-from compress.graph.labels import Axes, Axis, LabelSpace
+from compress.graph.labels import Axis, LabelSpace, each_output
 from compress.graph.run import record
 from compress.graph.trace import Trace
 from compress.rules.registry import OPAQUE, Call, Rule, no_axes, rule_for
@@ -66,7 +65,7 @@ class ChannelGraph:
         for node in self.trace.nodes:
             self.axes[node] = self._label(node)
         for output in self.trace.outputs:
-            for axes in _each(self.axes[output]):
+            for axes in each_output(self.axes[output]):
                 self.space.pin_all(axes, output, "is an output of the model")
         for path, crossing in self.space.fields.items():
             weight = self.trace.leaves[path]
@@ -107,7 +106,7 @@ class ChannelGraph:
         """
         if axes is None:
             for each in (node, *node.all_input_nodes):
-                for several in _each(self.axes[each]):
+                for several in each_output(self.axes[each]):
                     self.space.pin_all(several, node, reason)
         else:
             self.space.pin_all((self.axes[node][i] for i in axes), node, reason)
@@ -117,14 +116,14 @@ class ChannelGraph:
         """Keep every axis of what ran in one module; returns whether that was news."""
         for node in self.trace.nodes:
             if node.op == "call_function" and node.meta["module"] == path:
-                for axes in _each(self.axes[node]):
+                for axes in each_output(self.axes[node]):
                     self.space.pin_all(axes, node, reason)
         return self.renew()
 
     def pin_everything(self, reason: str) -> None:
         """Keep every axis of every tensor: the model cannot shrink."""
         for node in self.trace.nodes:
-            for axes in _each(self.axes[node]):
+            for axes in each_output(self.axes[node]):
                 self.space.pin_all(axes, node, reason)
         self.renew()
 
@@ -141,7 +140,8 @@ class ChannelGraph:
         return self.trace.networkx()
 
     def axis(self, node: fx.Node, axis: int) -> Axis:
-        return self.axes[node][axis]  # type: ignore[no-any-return]
+        found: Axis = self.axes[node][axis]
+        return found
 
     @cached_property
     def layers(self) -> dict[str, LayerUnits]:
@@ -166,7 +166,7 @@ class ChannelGraph:
         """Every distinct label vector of the graph."""
         found: dict[int, np.ndarray] = {}
         for value in self.axes.values():
-            for axes in _each(value):
+            for axes in each_output(value):
                 for axis in axes:
                     if axis is not None:
                         found[id(axis)] = axis
@@ -196,11 +196,3 @@ class ChannelGraph:
                 nearest[a[reached]] = before[b[reached]]
             if np.array_equal(before, nearest):
                 return nearest
-
-
-def _each(axes: Any) -> Iterator[Axes]:
-    """The axes of each output of a call with one output or several."""
-    if axes and isinstance(axes[0], tuple):
-        yield from (a for a in axes if a is not None)
-    elif axes is not None:
-        yield axes

@@ -7,8 +7,9 @@ makes their labels one. ``None`` in place of a vector is short for all zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -149,10 +150,8 @@ class LabelSpace:
         return labels
 
     def _merge_two(self, rows: Axis, columns: Axis, shape: tuple[int, int], node: fx.Node) -> Axis:
-        if rows is None and columns is None:
-            return None
         if rows is None:
-            return np.tile(columns, shape[0])  # type: ignore[arg-type]
+            return None if columns is None else np.tile(columns, shape[0])
         if columns is None:
             return np.repeat(rows, shape[1])
         cells = self._cells.get((rows.tobytes(), columns.tobytes()))
@@ -187,3 +186,11 @@ def joined(root: np.ndarray, left: list[Labels], right: list[Labels]) -> np.ndar
         np.minimum.at(root, np.maximum(root_a, root_b), np.minimum(root_a, root_b))
         while not np.array_equal(shorter := root[root], root):
             root = shorter
+
+
+def each_output(axes: Any) -> Iterator[Axes]:
+    """The axes of each tensor that a call returns: of the only one, or of several."""
+    if axes is not None and any(isinstance(each, tuple) for each in axes):
+        yield from (each for each in axes if each is not None)
+    elif axes is not None:
+        yield axes

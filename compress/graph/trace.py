@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import networkx as nx
@@ -22,8 +23,6 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from compress.graph.meta import quick_result
-
-Shape = tuple[int, ...]
 
 # Reads of a tensor that never see its values: no data flows through them.
 METADATA = frozenset(
@@ -54,13 +53,13 @@ def read_value(tensor: torch.Tensor) -> None:
 _NAMES: dict[Any, str] = {}
 
 
-def function_name(func: Callable[..., Any]) -> str:
+def function_name(func: Any) -> str:
     """The plain name of a torch function: ``add_`` and ``Tensor.add`` are both ``add``."""
     name = getattr(func, "__name__", None) or str(func)
-    if name == "__get__":
-        return func.__self__.__name__  # type: ignore[attr-defined,no-any-return]
-    if name == "__set__":
-        return f"set_{func.__self__.__name__}"  # type: ignore[attr-defined]
+    if name in ("__get__", "__set__"):
+        # Before Python 3.13 a property written in Python has no name, but its function does.
+        attribute: str = getattr(func.__self__, "__name__", None) or func.__self__.fget.__name__
+        return attribute if name == "__get__" else f"set_{attribute}"
     known = _NAMES.get(func)
     if known is None:
         known = _NAMES[func] = _plain_name(func, name)
@@ -310,9 +309,9 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
 
 def _source() -> tuple[str, int] | None:
     """File and line of the innermost frame that is neither torch's nor ours."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if not frame.f_code.co_filename.startswith(_SKIPPED):
             return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None

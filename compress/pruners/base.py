@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compress import allocate
 from compress.config import Target, resolve
 from compress.errors import CompressError, ConfigError
+from compress.files import write_atomically
 from compress.masks import (
     Masks,
     applied_masks,
@@ -25,7 +26,6 @@ from compress.masks import (
     raw_parameter,
     remove_masks,
     suspend_masks,
-    write_atomically,
 )
 
 MODES = ("normal", "global", "dependency_aware")
@@ -147,7 +147,10 @@ class Pruner(ABC):
             for name in (target.name, *target.tied):
                 one = Layer(name, modules[name], layer.weight)
                 entries[name] = self.expand(one, keep[target.name])
-        return Masks(entries) & extra & before
+        masks = Masks(entries)
+        masks &= extra
+        masks &= before
+        return masks
 
     def compress(self) -> tuple[nn.Module, Masks]:
         """Mask the model, in place.

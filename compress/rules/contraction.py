@@ -220,9 +220,9 @@ class Contraction(Rule):
     ) -> np.ndarray:
         """What the removed constants add to each output: float64 (out,)."""
         if g.groups == 1:
-            return self.sums(g, known, gone) @ constants[gone]  # type: ignore[no-any-return]
+            return np.asarray(self.sums(g, known, gone) @ constants[gone])
         filled = np.where(gone, constants, 0.0)
-        return _by_group(self.sums(g, known), filled, g.groups).sum(1)  # type: ignore[no-any-return]
+        return np.asarray(_by_group(self.sums(g, known), filled, g.groups).sum(1))
 
     def _set_groups(self, call: Call, g: Geometry, plan: PlanBuilder) -> None:
         """A group is left when any of its inputs or outputs is."""

@@ -24,37 +24,31 @@ if TYPE_CHECKING:
 LARGEST_VALUE = 1 << 22
 
 UNARY = """relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh
-sigmoid logsigmoid tanh softplus softsign tanhshrink softshrink hardshrink threshold exp expm1 exp2
+sigmoid log_sigmoid tanh softplus softsign tanhshrink softshrink hardshrink threshold exp expm1 exp2
 log log1p log2 log10 sqrt rsqrt square abs absolute neg negative positive sign sgn sin cos tan asin
 acos atan sinh cosh asinh acosh atanh arctan erf erfc round floor ceil trunc frac reciprocal clamp
 clip clamp_min clamp_max pow nan_to_num logit isnan isinf isfinite logical_not bitwise_not invert
 sinc float_power""".split()
-BINARY = """add iadd radd sub rsub subtract isub mul multiply imul rmul div divide true_divide rdiv
-rtruediv truediv itruediv idiv floor_divide rfloordiv floordiv remainder fmod rpow ipow maximum
-minimum fmax fmin atan2 where addcmul addcdiv lerp masked_fill eq ne lt le gt ge logical_and
-logical_or logical_xor bitwise_and bitwise_or bitwise_xor and or xor rand ror""".split()
-IDENTITY = """clone contiguous detach alias to float double half bfloat16 type_as cuda cpu data
+BINARY = """add sub rsub subtract mul multiply div divide true_divide rdiv floor_divide rfloordiv
+floordiv remainder fmod rpow maximum minimum fmax fmin atan2 where addcmul addcdiv lerp masked_fill
+eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor and or
+xor""".split()
+IDENTITY = """clone contiguous detach to float double half bfloat16 type_as cuda cpu data
 requires_grad dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout
-feature_alpha_dropout lift positive_ resolve_conj resolve_neg""".split()
+feature_alpha_dropout resolve_conj resolve_neg""".split()
 
-_SWAPPED: dict[str, Callable[..., Any]] = {
+# What is recorded under a name that torch, its functional and ``operator`` do not have.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "rsub": lambda a, b: b - a,
     "rdiv": lambda a, b: b / a,
-    "rtruediv": lambda a, b: b / a,
     "rfloordiv": lambda a, b: b // a,
     "rpow": lambda a, b: b**a,
-    "float_power": torch.float_power,
-    "positive": torch.positive,
-    "subtract": torch.subtract,
     "and": operator.and_,
     "or": operator.or_,
-    "xor": operator.xor,
-    "rand": operator.and_,
-    "ror": operator.or_,
-    "invert": operator.invert,
+    "log_sigmoid": F.logsigmoid,
 }
-_PRODUCTS = frozenset("mul multiply imul rmul".split())
-_QUOTIENTS = frozenset("div divide true_divide truediv itruediv idiv".split())
+_PRODUCTS = frozenset("mul multiply".split())
+_QUOTIENTS = frozenset("div divide true_divide".split())
 
 
 def tied_axes(
@@ -91,8 +85,8 @@ def _tie_all(found: list[tuple[fx.Node, Axis]], call: Call, space: LabelSpace) -
 
 def function_of(call: Call) -> Callable[..., Any]:
     """The out-of-place form of the function that was called."""
-    if call.name in _SWAPPED:
-        return _SWAPPED[call.name]
+    if call.name in _FUNCTIONS:
+        return _FUNCTIONS[call.name]
     for home in (torch, F, operator, torch.Tensor):
         found: Callable[..., Any] | None = getattr(home, call.name, None)
         if found is not None:

@@ -11,7 +11,7 @@ from torch import fx
 
 from compress.graph.labels import Axes, Axis, EqualParts, LabelSpace
 from compress.graph.shapes import normal_axis, numel, regroup, reshape_compact
-from compress.rules.registry import Call, Rule, Value, no_axes, rule, shape_of
+from compress.rules.registry import Call, Rule, Value, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -40,8 +40,8 @@ def reshape_axes(
     return tuple(result)
 
 
-@rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "unsafe_view",
-      "squeeze", "unsqueeze", "expand_dims")  # fmt: skip
+@rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "squeeze",
+      "unsqueeze")  # fmt: skip
 class Reshape(Rule):
     """Any change of shape that keeps the elements' order; the recorded shapes say which."""
 
@@ -50,20 +50,12 @@ class Reshape(Rule):
         return {i: s for i, s in enumerate(sizes) if isinstance(s, int) and s != -1}
 
     def sized(self, call: Call) -> bool:
-        without: tuple[str, ...] = (
-            "flatten",
-            "ravel",
-            "unsqueeze",
-            "view_as",
-            "reshape_as",
-            "expand_dims",
-        )
-        return call.name not in without
+        return call.name not in ("flatten", "ravel", "unsqueeze", "view_as", "reshape_as")
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         if not isinstance(call.node.meta["dtype"], torch.dtype) or _changes_dtype(call):
             space.pin_all(axes(call.first), call.node, "is reinterpreted as another dtype")
-            return no_axes(call.shape)  # type: ignore[no-any-return]
+            return (None,) * len(call.shape)
         return reshape_axes(axes(call.first), shape_of(call.first), call.shape, call, space)
 
     def value(self, call: Call, known: Knowledge) -> Value:
@@ -183,7 +175,7 @@ class Split(Rule):
         axis = given[dim]
         if axis is None:
             return tuple(given for _ in call.shape)
-        sizes = [s[dim] for s in call.shape]  # type: ignore[index]
+        sizes = [s[dim] for s in call.shapes]
         pieces = np.split(axis, np.cumsum(sizes)[:-1])
         if len(set(sizes)) == 1 and len(sizes) > 1:
             space.equal_parts.append(EqualParts(np.stack(pieces), call.node))
@@ -195,7 +187,7 @@ class Split(Rule):
         value, dim = known.value(call.first), self.dim(call)
         if value is None or value.shape[dim] == 1:
             return tuple(value for _ in call.shape)
-        sizes = [s[dim] for s in call.shape]  # type: ignore[index]
+        sizes = [s[dim] for s in call.shapes]
         return torch.split(value, sizes, dim)
 
 
@@ -254,7 +246,7 @@ class GetItem(Rule):
         if steps is None:
             for node in call.inputs:
                 space.pin_all(axes(node), call.node, "is indexed with a tensor")
-            return no_axes(call.shape)  # type: ignore[no-any-return]
+            return (None,) * len(call.shape)
         result: list[Axis] = []
         for kind, item in steps:
             if kind == "new":
@@ -444,7 +436,7 @@ class Pick(Rule):
         if call.name in ("gather", "take_along_dim"):
             for node in call.inputs:
                 space.pin_all(axes(node), call.node, f"is picked from by {call.name}")
-            return no_axes(call.shape)  # type: ignore[no-any-return]
+            return (None,) * len(call.shape)
         if call.name == "select":
             del given[dim]
         return tuple(given)

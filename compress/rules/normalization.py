@@ -101,15 +101,10 @@ class GroupNorm(Rule):
             space.pin(result[i], call.node, "is a place that group_norm works over")
             result[i] = None
         vectors = [call.arg(2, "weight"), call.arg(3, "bias")]
-        axis = _tie_vectors(result[1], vectors, axes, call, space)
+        axis = result[1] = _tie_vectors(result[1], vectors, axes, call, space)
         if axis is not None:
-            cells = axis.reshape(groups, -1)
-            for column in range(1, cells.shape[1]):
-                space.tie(np.ascontiguousarray(cells[:, 0]), np.ascontiguousarray(cells[:, column]),
-                          call.node, "group_norm")  # fmt: skip
-            result[1] = axis
-        else:
-            result[1] = None
+            first = axis[:: len(axis) // groups]  # of each group
+            space.tie(np.repeat(first, len(axis) // groups), axis, call.node, "group_norm")
         return tuple(result)
 
     def value(self, call: Call, known: Knowledge) -> Value:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from compress.graph.labels import Axes, Labels, LabelSpace
+from compress.graph.labels import Axes, Labels, LabelSpace, each_output
 
 if TYPE_CHECKING:
     from compress.speedup.decide import Decision
@@ -64,11 +64,18 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.node.meta["shape"]  # type: ignore[no-any-return]
+        return shape_of(self.node)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """For calls with several outputs: the shape of each."""
+        shapes: tuple[tuple[int, ...], ...] = self.node.meta["shape"]
+        return shapes
 
     @property
     def module(self) -> str:
-        return self.node.meta["module"]  # type: ignore[no-any-return]
+        path: str = self.node.meta["module"]
+        return path
 
     @property
     def owner(self) -> nn.Module:
@@ -78,7 +85,8 @@ class Call:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    return node.meta["shape"]  # type: ignore[no-any-return]
+    shape: tuple[int, ...] = node.meta["shape"]
+    return shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +168,8 @@ class Opaque(Rule):
     ) -> Any:
         reason = reason or f"goes through {call.name}, which has no rule"
         for node in call.inputs:
-            given = axes(node)
-            for each in given if given and isinstance(given[0], tuple) else (given,):
-                space.pin_all(each or (), call.node, reason)
+            for each in each_output(axes(node)):
+                space.pin_all(each, call.node, reason)
         return no_axes(call.shape)
 
 

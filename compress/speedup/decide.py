@@ -28,6 +28,15 @@ class Limits:
     round_to: int = 1
     min_channels: int = 1
 
+    def in_words(self) -> str:
+        """Why a channel stays on account of them: a clause that follows "it"."""
+        wanted = []
+        if self.min_channels > 1:
+            wanted.append(f"at least {self.min_channels} channels (min_channels)")
+        if self.round_to > 1:
+            wanted.append(f"a multiple of {self.round_to} (round_to)")
+        return f"completes its layer to {' and '.join(wanted)}"
+
 
 class Decision:
     """``keep`` (one per label root, true: stays) and why: ``reason(label)``."""
@@ -49,7 +58,7 @@ class Decision:
     # -- what the rules ask ----------------------------------------------------------------
 
     def kept(self, labels: Labels) -> np.ndarray:
-        return self.keep[self.root[labels]]  # type: ignore[no-any-return]
+        return np.asarray(self.keep[self.root[labels]])
 
     def live(self, node: fx.Node, axis: int) -> np.ndarray:
         """Bool, one per position of an output axis: whether it must be computed rightly.
@@ -156,8 +165,7 @@ class Decision:
             wanted = -(-max(int(kept.sum()), limits.min_channels) // limits.round_to)
             missing = min(wanted * limits.round_to, len(labels)) - int(kept.sum())
             if missing > 0:
-                reason = f"completes {limits}"
-                changed |= self._restore(labels[~kept][:missing], reason)
+                changed |= self._restore(labels[~kept][:missing], limits.in_words())
         return changed
 
     def _layer_outputs(self) -> list[Labels]:

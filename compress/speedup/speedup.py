@@ -100,7 +100,6 @@ class ModelSpeedup:
         self._report: Report | None = None
         self._make_report: Callable[[], Report] | None = None  # reasons take longer than the cut
         self._masks: Masks | None = None
-        self._masks_before = Masks()
 
     @property
     def report(self) -> Report:
@@ -119,7 +118,7 @@ class ModelSpeedup:
         """The masks of what is left, shaped like the small model's parameters."""
         if self._masks is None:
             plan = _done(self._plan, "masks")
-            self._masks = _remaining(self._masks_before, plan, self.model)
+            self._masks = _remaining(self._given, plan, self.model)
         return self._masks
 
     def speedup_model(self) -> nn.Module:
@@ -130,8 +129,11 @@ class ModelSpeedup:
         try:
             # The new parameters must be ordinary tensors, wherever the caller is.
             with _collector_paused(), torch.inference_mode(False):
-                applied = suspended.masks
-                self._shrink(applied & self._given if applied else self._given)
+                masks = self._given
+                if suspended.masks:
+                    masks = suspended.masks  # a copy, and nobody else's
+                    masks &= self._given
+                self._shrink(masks)
         except BaseException:
             suspended.restore()
             raise
@@ -161,7 +163,7 @@ class ModelSpeedup:
             if self.optimizer is not None:
                 slice_optimizer(self.optimizer, self.model, cut.plan, before)
             self._make_report = partial(make_report, cut.decision, cut.plan, flat, counts, error)
-            self._plan, self._masks_before = cut.plan, masks
+            self._plan, self._given = cut.plan, masks
         except BaseException:
             cut.undo()
             raise

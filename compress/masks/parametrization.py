@@ -1,0 +1,165 @@
+"""A mask on one parameter of one module: how it is put on and taken off.
+
+Putting one on is torch's own function; taking it off is ours, because torch's edits the class of
+the module, which a deepcopy shares with its original, and puts the parameter back at the end of the
+module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compress.masks.entries import full_name, raise_all
+
+
+class MaskParametrization(nn.Module):
+    """What stands between a raw parameter and its module: ``where(mask, raw, 0)``.
+
+    Args:
+        mask: bool, the shape of the parameter.
+        named: whether the user's masks named this parameter here, rather than reached it because
+            another module has the same one.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, named: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.named = named
+        # The order of the module's parameters before the first mask: see detach.
+        self.order: tuple[str, ...] = ()
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """The masked parameter; a product instead would let NaN and inf through."""
+        return torch.where(self.mask, raw, torch.zeros((), dtype=raw.dtype, device=raw.device))
+
+
+@dataclass(frozen=True)
+class AppliedMask:
+    """One mask on one parameter of one module object."""
+
+    path: str
+    module: nn.Module
+    name: str
+    parametrization: MaskParametrization
+
+
+def raw_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The stored `Parameter` behind ``module.name``, under our mask if there is one.
+
+    None where ``name`` is no parameter of ``module``, or is parametrised by somebody else.
+    """
+    found = dict(module._parameters.items()).get(name)  # a scripted module's has no get()
+    if found is None and mask_on(module, name) is not None:
+        found = parts_of(module, name)._parameters.get("original")
+    return found
+
+
+def masks_on(module: nn.Module) -> dict[str, MaskParametrization]:
+    """Our masks on the parameters of ``module`` itself, by name."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    names = list(cast(nn.ModuleDict, module.parametrizations))
+    return {
+        name: cast(MaskParametrization, parts_of(module, name)[0])
+        for name in names
+        if is_ours(parts_of(module, name))
+    }
+
+
+def mask_on(module: nn.Module, name: str) -> MaskParametrization | None:
+    return masks_on(module).get(name)
+
+
+def applied_to(model: nn.Module) -> list[AppliedMask]:
+    """All our masks on ``model``, in module order; raises if one cannot be taken off."""
+    applied = [
+        AppliedMask(path, module, name, part)
+        for path, module in model.named_modules()
+        for name, part in masks_on(module).items()
+    ]
+    problems = [
+        f"{full_name(one.path, one.name)!r}: it was parametrised again on top of its mask; call "
+        "torch.nn.utils.parametrize.remove_parametrizations on it first"
+        for one in applied
+        if "1" in parts_of(one.module, one.name)._modules
+    ]
+    raise_all("these masks cannot be taken off", problems)
+    return applied
+
+
+def parts_of(module: nn.Module, name: str) -> parametrize.ParametrizationList:
+    every = cast(nn.ModuleDict, module.parametrizations)
+    return cast(parametrize.ParametrizationList, every[name])
+
+
+def is_ours(parts: parametrize.ParametrizationList) -> bool:
+    return "0" in parts._modules and isinstance(parts[0], MaskParametrization)
+
+
+def attach(applied: AppliedMask) -> None:
+    """Put one mask on; the module's first mask remembers the order of its parameters."""
+    module, part = applied.module, applied.parametrization
+    others = masks_on(module)
+    part.order = next(iter(others.values())).order if others else tuple(module._parameters)
+    if parametrize.is_parametrized(module):
+        _unshare_class(module)
+    parametrize.register_parametrization(module, applied.name, part)
+    if isinstance(module, nn.RNNBase):
+        _make_copyable(module)
+
+
+def detach(applied: AppliedMask) -> None:
+    """Take one mask off: the raw parameter goes back to its name, place and class."""
+    module, name = applied.module, applied.name
+    original = parts_of(module, name).original
+    parts = cast(nn.ModuleDict, module.parametrizations)
+    del parts[name]
+    if len(parts) == 0:
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+    else:
+        _unshare_class(module, without=name)
+    setattr(module, name, original)
+    order = {key: place for place, key in enumerate(applied.parametrization.order)}
+    items = sorted(module._parameters.items(), key=lambda item: order.get(item[0], len(order)))
+    module._parameters.clear()
+    module._parameters.update(items)
+
+
+def _make_copyable(module: nn.RNNBase) -> None:
+    """Let a masked LSTM, GRU or RNN be deepcopied after a training step.
+
+    It caches its weights as of the last forward; masked ones belong to that step's autograd graph,
+    which cannot be copied.
+    """
+    cls: Any = type(module)
+    copy_rest = cls.__deepcopy__
+
+    def deepcopy(self: nn.RNNBase, memo: dict[int, Any]) -> nn.RNNBase:
+        with torch.no_grad():
+            self._init_flat_weights()
+        return cast(nn.RNNBase, copy_rest(self, memo))
+
+    cls.__deepcopy__ = deepcopy
+
+
+def _unshare_class(module: nn.Module, without: str | None = None) -> None:
+    """Give a parametrised module a class of its own, without the property ``without``.
+
+    torch makes one class per parametrised module and keeps the tensors' properties on it; a
+    deepcopy has the same class, so that editing it for one would break the other.
+    """
+    cls = type(module)
+    attributes = {
+        key: value
+        for key, value in vars(cls).items()
+        if key not in ("__dict__", "__weakref__", without)
+    }
+    module.__class__ = type(cls.__name__, cls.__bases__, attributes)
