@@ -79,7 +79,11 @@ class ChannelGraph:
         if node.op == "get_attr":
             if node.meta["name"] == "constant" or not node.users:  # only looked at
                 return no_axes(node.meta["shape"])
-            return tuple(self.space.fresh(s) if s > 1 else None for s in node.meta["shape"])
+            slid = all(rule_for(user.meta["name"]).slides for user in node.users)
+            return tuple(
+                self.space.fresh(size) if size > 1 and not (slid and axis > 1) else None
+                for axis, size in enumerate(node.meta["shape"])
+            )
         if node.op == "placeholder":
             return no_axes(node.meta["shape"])
         if node.meta["name"] == "getitem_output":

@@ -262,6 +262,8 @@ def _columns_read(matrix: np.ndarray, live: np.ndarray, groups: int) -> np.ndarr
 class Convolution(Contraction):
     """weight: (out, in / groups, k…)."""
 
+    slides = True
+
     def geometry(self, call: Call) -> Geometry:
         x, weight, padding = call.arg(0, "input"), call.arg(1, "weight"), call.arg(4, "padding", 0)
         kernel = shape_of(weight)[2:]
@@ -278,6 +280,8 @@ class Convolution(Contraction):
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 class TransposedConvolution(Contraction):
     """weight: (in, out / groups, k…). Its taps overlap unevenly: every place is a border."""
+
+    slides = True
 
     def geometry(self, call: Call) -> Geometry:
         x, weight = call.arg(0, "input"), call.arg(1, "weight")

@@ -119,10 +119,12 @@ class Rule:
     """The default is the safest thing: nothing known, everything read.
 
     ``positional``: an output position depends on the inputs at that position alone, so that where
-    the output is known or not read, the inputs are not read either.
+    the output is known or not read, the inputs are not read either. ``slides``: what follows the
+    first two axes of a tensor are places, or the extent of a kernel, which cannot shrink.
     """
 
     positional = False
+    slides = False
 
     def sized(self, call: Call) -> bool:
         """Whether sizes are among the call's arguments, so that the code must count them anew."""
