@@ -28,7 +28,7 @@ A sparsity below 1 cannot empty a layer, since ``floor(sparsity · units)`` unit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Annotated, Any
@@ -97,6 +97,8 @@ def resolve(
     config_list: Sequence[Mapping[str, Any]],
     supported_types: tuple[type[nn.Module], ...],
     *,
+    optional_types: tuple[type[nn.Module], ...] = (),
+    unit_axis: Callable[[nn.Module], int] = lambda module: 0,
     pruner: str = "this pruner",
     granularity: str = "weights",
 ) -> Targets:
@@ -106,6 +108,9 @@ def resolve(
         model: read only.
         config_list: see the module.
         supported_types: what the pruner can prune, subclasses included; ``"default"``.
+        optional_types: what it prunes besides where an entry names the type or the layer itself.
+        unit_axis: the axis of a layer's weight that its units lie along. Layers that share a weight
+            are one target where they share the axis, too.
         pruner: its name, for messages.
         granularity: what it masks, for messages: "whole filters".
 
@@ -117,9 +122,9 @@ def resolve(
             f"config_list: got {_short(config_list)}; expected a list of dicts with at least one, "
             'such as [{"sparsity": 0.5, "op_types": ["default"]}]'
         )
-    book = _Book(
-        model, supported_types, f"{pruner} masks {granularity} of {_types(supported_types)}"
-    )
+    every = supported_types + optional_types
+    ability = f"{pruner} masks {granularity} of {_types(every)}"
+    book = _Book(model, every, optional_types, unit_axis, ability)
     problems: list[str] = []
     chosen: dict[str, tuple[int, _Entry]] = {}
     for index, raw in enumerate(config_list):
@@ -268,9 +273,16 @@ class _Book:
     """The modules of a model by path and by type, as config_lists name them."""
 
     def __init__(
-        self, model: nn.Module, supported: tuple[type[nn.Module], ...], ability: str
+        self,
+        model: nn.Module,
+        supported: tuple[type[nn.Module], ...],
+        optional: tuple[type[nn.Module], ...],
+        unit_axis: Callable[[nn.Module], int],
+        ability: str,
     ) -> None:
         self.supported = supported
+        self.optional = optional
+        self.unit_axis = unit_axis
         self.ability = ability
         self.modules: dict[str, nn.Module] = {}
         self.paths: dict[str, tuple[str, ...]] = {}
@@ -290,6 +302,14 @@ class _Book:
     def prunable(self, name: str) -> bool:
         return isinstance(self.modules[name], self.supported)
 
+    def by_default(self, name: str) -> bool:
+        return self.prunable(name) and not isinstance(self.modules[name], self.optional)
+
+    def units_of(self, name: str) -> tuple[int, int]:
+        """What layers have in common that have the same units: the weight, and its axis."""
+        module = self.modules[name]
+        return id(raw_parameter(module, "weight")), self.unit_axis(module)
+
     def kind(self, name: str) -> str:
         """The class name that the user knows the module by."""
         return parametrize.type_before_parametrizations(self.modules[name]).__name__
@@ -297,6 +317,7 @@ class _Book:
     def select(self, where: str, entry: _Entry, problems: list[str]) -> list[str]:
         """The layers that one entry is about, in model order."""
         matches: dict[str, set[str]] = {}
+        asked: set[str] = set()  # by type or by name
         before = len(problems)
         for key in _SELECTORS:
             values = getattr(entry, key)
@@ -310,11 +331,14 @@ class _Book:
                 if problem:
                     problems.append(f"{where}[{key!r}]: got {value!r}; {problem}")
                 matches[key] |= found
+                if key == "op_names" or (key == "op_types" and value != DEFAULT):
+                    asked |= found
         if len(problems) > before:
             return []
         both = set.intersection(*matches.values())
         selected = [name for name in self.modules if name in both]
-        layers = [name for name in selected if self.prunable(name)]
+        every = asked if not entry.exclude else set(selected)
+        layers = [n for n in selected if self.by_default(n) or (n in every and self.prunable(n))]
         problem = self._emptiness(entry, matches, selected, layers)
         if problem:
             problems.append(f"{where}: {problem}")
@@ -326,7 +350,7 @@ class _Book:
         """The modules that one value of a selector matches, and what is wrong with it."""
         if key == "op_types":
             if value == DEFAULT:
-                found = {name for name in self.modules if self.prunable(name)}
+                found = {name for name in self.modules if self.by_default(name)}
                 nothing = f"the model has no layer for it: {self.ability}"
             else:
                 found = {name for name, types in self.types.items() if value in types}
@@ -442,9 +466,9 @@ def _targets(book: _Book, chosen: Mapping[str, tuple[int, _Entry]], problems: li
         index for index, entry in pruned.values() if entry.total_sparsity is not None
     )
     groups = {entry: number for number, entry in enumerate(sorted(entries))}
-    layers: dict[int, Target] = {}
+    layers: dict[tuple[int, int], Target] = {}
     for name, (index, entry) in pruned.items():
-        key = id(raw_parameter(book.modules[name], "weight"))
+        key = book.units_of(name)
         target = _target(name, book, index, entry, groups)
         if key not in layers:
             layers[key] = target
@@ -456,7 +480,7 @@ def _targets(book: _Book, chosen: Mapping[str, tuple[int, _Entry]], problems: li
                 "sparsity; select them in one entry"
             )
     for name in excluded:
-        key = id(raw_parameter(book.modules[name], "weight"))
+        key = book.units_of(name)
         if key in layers:
             problems.append(
                 f"{book.described(name)} is excluded, but has the same weight as "

@@ -13,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from compress import ModelSpeedup
 from compress.errors import CompressError, ConfigError, MaskError
 from compress.masks import Masks, applied_masks, suspend_masks
 from compress.pruners import (
@@ -93,12 +95,68 @@ def test_level_golden_leaves_the_bias() -> None:
     assert masks == Masks({"": {"weight": torch.tensor([[0, 1], [1, 0]])}})
 
 
-def test_level_supports_embeddings_and_filters_do_not() -> None:
-    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
+def test_filter_pruners_take_embeddings_that_are_named() -> None:
+    model = nn.Sequential(nn.Embedding(4, 6), nn.Linear(6, 2))
     assert LevelPruner(model, HALF).calc_masks().sparsity_per_layer == {"0": 0.5, "1": 0.5}
     assert list(L1FilterPruner(model, HALF).calc_masks()) == ["1"]
-    with pytest.raises(ConfigError, match=r"masks whole filters of Conv1d.*Embedding '0' has none"):
-        L1FilterPruner(model, [{"sparsity": 0.5, "op_names": ["0"]}])
+    by_pattern = [{"sparsity": 0.5, "op_names_re": "."}]
+    assert list(L1FilterPruner(model, by_pattern).calc_masks()) == ["1"]
+    for entry in ({"op_names": ["0"]}, {"op_types": ["Embedding"]}):
+        masks = L1FilterPruner(model, [{"sparsity": 0.5, **entry}]).calc_masks()
+        assert masks["0"]["weight"].sum(0).tolist().count(0) == 3  # features, not entries
+    with pytest.raises(
+        ConfigError, match=r"masks whole filters of Conv1d.*BatchNorm1d '0' has none"
+    ):
+        L1FilterPruner(nn.Sequential(nn.BatchNorm1d(3)), [{"sparsity": 0.5, "op_names": ["0"]}])
+
+
+class TinyLanguageModel(nn.Module):
+    """Embeddings, one attention block with rotated queries and keys, and a head tied to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.norms = nn.ModuleList(nn.RMSNorm(16, eps=1e-3) for _ in range(3))
+        self.q, self.k, self.v = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.out = nn.Linear(32, 16)
+        self.gate, self.up, self.down = nn.Linear(16, 20), nn.Linear(16, 20), nn.Linear(20, 16)
+        self.head = nn.Linear(16, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        y, shape = self.norms[0](x), (*tokens.shape, -1, 8)
+        q, k, v = (layer(y).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = (torch.cat([t[..., 4:], -t[..., :4]], -1) for t in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        y = self.norms[1](x)
+        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return self.head(self.norms[2](x))
+
+
+def test_a_language_model_loses_width_heads_and_hidden_units() -> None:
+    torch.manual_seed(0)
+    model = TinyLanguageModel().double().eval()
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    tokens = torch.randint(0, 11, (2, 7))
+    config_list = [
+        {"sparsity": 0.5, "op_types": ["default", "Embedding"]},
+        {"exclude": True, "op_names": ["head"]},
+    ]
+    pruner = L1FilterPruner(model, config_list, mode="dependency_aware", dummy_input=tokens)
+    _, masks = pruner.compress()
+    expected = model(tokens)
+    speedup = ModelSpeedup(model, tokens, masks)
+    speedup.speedup_model()
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-9, atol=1e-9)
+    assert all(not layer.kept for layer in speedup.report.layers)
+    assert model.embed.weight.shape == (11, 8)
+    assert model.head.weight is model.embed.weight
+    assert model.q.weight.shape == (16, 8)  # two of four heads, which share one of two key heads
+    assert model.k.weight.shape == model.v.weight.shape == (8, 8)
+    assert model.down.weight.shape == (8, 10)
 
 
 @pytest.mark.parametrize("pruner", FILTER_PRUNERS)

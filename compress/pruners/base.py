@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -46,6 +47,12 @@ class Layer:
     weight: Tensor
 
 
+def foreign_layers() -> tuple[type[nn.Module], ...]:
+    """Layers of libraries that are in use: transformers' Conv1D, a Linear with weight (in, out)."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return () if library is None else (library.Conv1D,)
+
+
 class Pruner(ABC):
     """Scores the units of the selected layers and masks the lowest.
 
@@ -69,6 +76,7 @@ class Pruner(ABC):
     """
 
     supported_types: ClassVar[tuple[type[nn.Module], ...]]
+    optional_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     granularity: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = MODES
 
@@ -98,13 +106,19 @@ class Pruner(ABC):
         self.targets = resolve(
             model,
             config_list,
-            self.supported_types,
+            self.supported_types + foreign_layers(),
+            optional_types=self.optional_types,
+            unit_axis=self.unit_axis,
             pruner=type(self).__name__,
             granularity=self.granularity,
         )
         self._check_mode()
         self._masks: Masks | None = None
         self._before = Masks()
+
+    def unit_axis(self, module: nn.Module) -> int:
+        """The axis of a layer's weight that its units lie along."""
+        return 0
 
     @abstractmethod
     def score(self, layer: Layer) -> Tensor:

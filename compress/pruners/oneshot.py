@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compress import criteria
 from compress.allocate import expand_filters
 from compress.masks import Masks, raw_parameter
-from compress.pruners.base import Layer, Pruner
+from compress.pruners.base import Layer, Pruner, foreign_layers
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WITH_FILTERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
@@ -49,16 +49,22 @@ class LevelPruner(Pruner):
 class FilterPruner(Pruner):
     """Masks whole filters: the weights that make an output channel, and its bias.
 
-    Supports convolutions and transposed convolutions, grouped ones too, and Linear. A subclass is a
-    criterion.
+    Supports convolutions and transposed convolutions, grouped ones too, Linear, transformers'
+    Conv1D, and, where an entry names it, Embedding (its features, which with
+    ``mode="dependency_aware"`` is how the width of a language model's residual stream shrinks). A
+    subclass is a criterion.
     """
 
     supported_types: ClassVar[tuple[type[nn.Module], ...]] = _WITH_FILTERS
+    optional_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
     granularity: ClassVar[str] = "whole filters"
 
     @abstractmethod
     def criterion(self, weight: Tensor, axis: int, groups: int) -> Tensor:
         """``(output channels,)``, the score of each filter: see `compress.criteria`."""
+
+    def unit_axis(self, module: nn.Module) -> int:
+        return filter_axis(module)[0]
 
     def score(self, layer: Layer) -> Tensor:
         return self.criterion(layer.weight, *filter_axis(layer.module))
@@ -124,4 +130,4 @@ def filter_axis(module: nn.Module) -> tuple[int, int]:
     """``(axis, groups)`` of the output channels in a module's weight: see `compress.criteria`."""
     if isinstance(module, _TRANSPOSED):
         return 1, module.groups
-    return 0, 1
+    return (1, 1) if isinstance(module, (nn.Embedding, *foreign_layers())) else (0, 1)
