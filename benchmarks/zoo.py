@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                     # all (an hour or more on one core)
     python benchmarks/zoo.py --group timm
     python benchmarks/zoo.py --only resnet18 hf/bert --json /tmp/out.json
+    python benchmarks/zoo.py --jobs 2            # two models at a time
 
 For each model: random weights, BatchNorm statistics, biases and scales (defaults hide mistakes);
 masks on half of the filters of every Conv and Linear layer but those that make the outputs; then
@@ -17,8 +18,11 @@ The columns:
 - left: parameters after / before, with masks drawn layer by layer (``mode="normal"``)
 - s: CPU seconds of ``ModelSpeedup`` without its check, one thread; forward: those of one forward
 - train: forward and backward in train mode run after
-- coupled: the same with ``mode="dependency_aware"``: parameters left, and which share of the masked
-  units is gone
+- coupled: the same with ``mode="dependency_aware"``: parameters left, megabytes above the loaded
+  model at the peak, and which share of the masked units is gone
+- Torch-Pruning: its CPU seconds for the same model, ratio and excluded layers (constructor and
+  step), and how many times those of the coupled speedup they are; or why it has no result: an
+  error, more than PEER_LIMIT seconds, or a model that does not run after
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ import json
 import os
 import random
 import re
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,11 +45,14 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from speedup_time import metered
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from zoo_models import Entry, Inputs, zoo
@@ -56,6 +65,7 @@ LAYERS = (
 NORMS = nn.modules.batchnorm._BatchNorm
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-9}
 
+PEER_LIMIT = 30.0  # wall seconds for Torch-Pruning
 REASONS = 12  # why masked units stayed: so many of the most frequent are kept for each model
 
 Record = dict[str, Any]
@@ -249,6 +259,7 @@ class Run:
         self.prepare()
         self.shrink("normal")
         self.shrink("dependency_aware")
+        self.note(stage="Torch-Pruning", peer=self.peer())
         self.note(stage="done")
 
     def prepare(self) -> None:
@@ -291,10 +302,10 @@ class Run:
         reference = masked_copy(model, masks)
         self.note(stage=f"{mode}: speedup", **{mode: found})
         twin = copy.deepcopy(model)
-        start = time.process_time()
-        ModelSpeedup(twin, self.dummy, masks, verify=False).speedup_model()
-        found["s"] = time.process_time() - start
-        del twin
+        speedup = ModelSpeedup(twin, self.dummy, masks, verify=False)
+        _, cost = metered(speedup.speedup_model)
+        found |= {"s": cost["cpu_s"], "peak_mb": cost["peak_mb"]}
+        del twin, speedup
         self.note(stage=f"{mode}: checked speedup", **{mode: found})
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
@@ -314,6 +325,36 @@ class Run:
         self.note(stage=f"{mode}: train", **{mode: found})
         found["trains"] = self.train(small)
         self.note(**{mode: found})
+
+    def peer(self) -> Record:
+        """Torch-Pruning on the same model: CPU seconds, parameters left, or why there are none."""
+        import torch_pruning
+
+        model = copy.deepcopy(self.entry.model)
+        ignored = [model.get_submodule(path) for path in self.heads]
+
+        def cut() -> None:
+            torch_pruning.pruner.BasePruner(
+                model,
+                self.dummy,
+                importance=torch_pruning.importance.GroupMagnitudeImportance(p=1),
+                pruning_ratio=0.5,
+                ignored_layers=ignored,
+            ).step()
+
+        try:
+            with time_limit(PEER_LIMIT):
+                _, cost = metered(cut)
+        except TooLong:
+            return {"failed": f"not done in {PEER_LIMIT:.0f} s"}
+        except Exception as error:
+            return {"failed": line_of(error)}
+        found: Record = {"s": cost["cpu_s"], "peak_mb": cost["peak_mb"]}
+        try:
+            evaluate(model, self.other)
+        except Exception as error:
+            found["failed"] = f"does not run after: {line_of(error)}"
+        return found | {"left": count(model) / self.record["parameters"]}
 
     def checked(self, model: nn.Module, masks: Any, found: Record) -> Any:
         """The speedup with its check; without it where the check fails, so that we see more."""
@@ -375,6 +416,26 @@ class Run:
             return True
         except Exception as error:
             return line_of(error)
+
+
+class TooLong(BaseException):
+    """Not an Exception, so that nobody takes it for one of their own."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TooLong in the body after so many wall seconds."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def count(model: nn.Module) -> int:
@@ -477,7 +538,8 @@ def resident_mb(pid: int) -> float:
 
 COLUMNS = (
     *("model", "ended", "error", "M parameters", "left", "s", "forward s", "train"),
-    *("coupled: error", "left", "s", "masks s", "masked units gone"),
+    *("coupled: error", "left", "s", "peak MB", "masks s", "masked units gone"),
+    *("Torch-Pruning s", "times faster"),
 )
 
 
@@ -541,9 +603,26 @@ def row(name: str, record: Record) -> list[str]:
         error_cell(coupled),
         percent(coupled.get("left")),
         seconds(coupled.get("s")),
+        "–" if "peak_mb" not in coupled else f"{coupled['peak_mb']:.0f}",
         seconds(coupled.get("masks_s")),
         f"{gone} of {masked}" if masked else "**0**",
+        *peer_cells(record),
     ]
+
+
+def peer_cells(record: Record) -> tuple[str, str]:
+    peer, times = record.get("peer"), times_faster(record)
+    if peer is None:
+        return "–", "–"
+    if times is None:
+        return str(peer.get("failed", "–"))[:50], "–"
+    return f"{peer['s']:.2g}", f"{times:.1f}" if times >= 1 else f"**{times:.1f}**"
+
+
+def times_faster(record: Record) -> float | None:
+    """Torch-Pruning's seconds over ours; None where one of them has no result."""
+    peer, ours = record.get("peer", {}), record.get("dependency_aware", {}).get("s")
+    return None if ours is None or "failed" in peer or "s" not in peer else peer["s"] / ours
 
 
 def percent(value: float | None) -> str:
@@ -565,6 +644,13 @@ def summary(records: Mapping[str, Record], groups: Mapping[str, str]) -> list[st
                 f"- {group}, {mode}: of {len(mine)}, {done} ended, {sum(map(exact, found))} exact, "
                 f"{sum(map(shrunk, found))} shrunk, "
                 f"{sum(f.get('trains') is True for f in found)} train after"
+            )
+        ratios = [times for r in mine if (times := times_faster(r)) is not None]
+        if ratios:
+            lines.append(
+                f"- {group}, Torch-Pruning: {len(ratios)} of {len(mine)} run; compress is "
+                f"{statistics.geometric_mean(ratios):.1f} times faster in the geometric mean, "
+                f"{min(ratios):.1f} times on the worst for us"
             )
     return lines
 
@@ -599,6 +685,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=RESULTS / "zoo.json", help="raw results")
     parser.add_argument("--limit", type=float, default=120, help="seconds for one model")
     parser.add_argument("--memory", type=float, default=9000, help="MB for one model")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--list", action="store_true", help="print the names of the models")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -625,10 +712,12 @@ def main() -> None:
         print("\n".join(names))
         return
     records: dict[str, Record] = {}
-    for name in names:
-        records[name] = measure(name, args.limit, args.memory)
-        print(brief(name, records[name]), flush=True)
-        keep(records, groups, args.json)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = pool.map(lambda name: measure(name, args.limit, args.memory), names)
+        for name, record in zip(names, found, strict=True):
+            records[name] = record
+            print(brief(name, record), flush=True)
+            keep(records, groups, args.json)
     print("\n" + markdown(records, groups))
 
 
