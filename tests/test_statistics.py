@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from oracle import outputs, randomise
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +15,6 @@ from compress import L1FilterPruner, ModelSpeedup
 from compress.errors import VerificationError
 from compress.layers import CountedLayerNorm
 from compress.speedup.verify import Verifier
-from tests.oracle import outputs, randomise
 
 WIDTH = 16
 
