@@ -1,6 +1,6 @@
 """Models of timm and transformers as the zoo measures them: exact, shrunk, trainable.
 
-The zoo's own measurement (``benchmarks/zoo.py``) is the oracle: it multiplies the masks into a copy,
+The zoo (``benchmarks/zoo.py``) is the oracle: it multiplies the masks into a copy,
 without the library, and compares on another input and batch size.
 """
 

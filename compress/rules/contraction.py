@@ -87,7 +87,9 @@ class Contraction(Rule):
         """Each group has inputs and outputs of its own; only their counts must agree."""
         whole, part = 0, 1  # (out, in / groups, …); transposed: (in, out / groups, …)
         shape = shape_of(g.weight)
-        if inputs is None or g.weight.op != "get_attr" or weight[whole] is None:
+        depthwise = shape[:2] == (g.groups, 1) and shape_of(g.x)[g.channel] == g.groups
+        free = inputs is not None and weight[whole] is not None
+        if not free or (g.weight.op != "get_attr" and not depthwise):
             for axis in (inputs, weight[whole], weight[part]):
                 space.pin(axis, node, "meets a grouped convolution of fixed size")
             return None
@@ -97,10 +99,10 @@ class Contraction(Rule):
             near, far = inputs, space.fresh(g.groups * shape[part])
         else:
             near, far = weight[whole], inputs
-        parts_near, parts_far = near.reshape(g.groups, -1), far.reshape(g.groups, -1)
-        if parts_near.shape == parts_far.shape == (g.groups, 1):  # depthwise
+        if depthwise:
             space.tie(near, far, node, node.meta["name"])
             return near if g.weight_in else far
+        parts_near, parts_far = near.reshape(g.groups, -1), far.reshape(g.groups, -1)
         cross = np.repeat(parts_far, parts_near.shape[1], 0)
         cross = cross.reshape(*cross.shape, *[1] * (len(shape) - 2))
         path = str(g.weight.target)
@@ -135,17 +137,16 @@ class Contraction(Rule):
 
     def value(self, call: Call, known: Knowledge) -> Value:
         g = self.geometry(call)
-        if g.weight.op != "get_attr":
-            return None
         matrix, constants = self.matrix(g, known), self.constants(g, known)
         rows = busy = matrix.any(1)  # rows with any weight: the others give their bias
         if constants is not None:
-            unknown = np.isnan(constants) | (g.at_border & (constants != 0))
+            moved = g.at_border or g.weight.op != "get_attr"  # their sums are not known
+            unknown = np.isnan(constants) | (moved & (constants != 0))
             rows = _by_group(matrix, unknown, g.groups).any(1)
         if rows.all():
             return None
         result = np.where(rows, np.nan, 0.0)
-        if constants is not None and not g.at_border and (busy & ~rows).any():
+        if constants is not None and not moved and (busy & ~rows).any():
             filled = np.where(np.isnan(constants), 0.0, constants)
             result += _by_group(self.sums(g, known), filled, g.groups).sum(1)
         if g.bias is not None:

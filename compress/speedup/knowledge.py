@@ -67,7 +67,7 @@ class Knowledge:
                 mask = self.masks.get(str(node.target))
                 found = _nonzero_pattern(node.meta["tensor"].detach(), mask).cpu().numpy()
             else:
-                found = np.ones(node.meta["shape"][:2], bool)
+                found = _pattern_of_value(self.value(node), node.meta["shape"])
             self._patterns[node] = found
         return found
 
@@ -150,6 +150,14 @@ class Knowledge:
             and "bias" in module._parameters
             and weight.meta["module"].split(".parametrizations")[0] == module_path
         )
+
+
+def _pattern_of_value(value: Value, shape: tuple[int, ...]) -> np.ndarray:
+    """The pattern of a weight that is computed from others: not 0 where it is unknown."""
+    if value is None:
+        return np.ones(shape[:2], bool)
+    busy = (value != 0).flatten(2).any(2) if value.dim() > 2 else value != 0
+    return np.broadcast_to(busy.numpy(), shape[:2])
 
 
 def _nonzero_pattern(weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
