@@ -1,5 +1,6 @@
 """Prune trained PyTorch networks: masks first, then a smaller network that computes the same."""
 
+from compress.graph.channels import ChannelGraph
 from compress.masks import Masks
 from compress.pruners import (
     FPGMPruner,
@@ -13,6 +14,7 @@ from compress.speedup import ModelSpeedup
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChannelGraph",
     "FPGMPruner",
     "L1FilterPruner",
     "L2FilterPruner",

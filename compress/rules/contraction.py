@@ -89,7 +89,8 @@ class Contraction(Rule):
         shape = shape_of(g.weight)
         if inputs is None or g.weight.op != "get_attr" or weight[whole] is None:
             for axis in (inputs, weight[whole], weight[part]):
-                space.pin(axis, node, "meets a grouped convolution of fixed size")
+                reason = "goes with a fixed size into a grouped convolution"
+                space.pin(axis, node, reason, meets=inputs is None)
             return None
         space.pin(weight[part], node, "is an axis inside the groups")
         if g.weight_in == whole:

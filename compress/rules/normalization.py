@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import fx
 
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.shapes import along, per_position
-from compress.rules.registry import Call, Rule, Value, rule
+from compress.rules.registry import Call, Read, Rule, Value, rule
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -135,10 +135,27 @@ class GroupNorm(Rule):
 
 @rule("layer_norm", "rms_norm", "local_response_norm")
 class NormOverChannels(Rule):
-    """Statistics over the last axes: what they are taken over stays as it is."""
+    """Statistics over the last axes: what they are taken over stays as it is.
+
+    Where the speedup need not be exact, a single last axis is only read, and may lose channels.
+    """
+
+    def sized(self, call: Call) -> bool:
+        return call.name != "local_response_norm"
+
+    def passes(self, call: Call, space: LabelSpace) -> bool:
+        """Whether the last axis is one that may lose channels."""
+        return (
+            not space.exact
+            and call.name != "local_response_norm"
+            and len(call.arg(1, "normalized_shape")) == 1
+        )
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         result = list(axes(call.first))
+        if self.passes(call, space):
+            result[-1] = _tie_vectors(result[-1], [*call.inputs[1:]], axes, call, space)
+            return tuple(result)
         if call.name == "local_response_norm":
             over = range(1, 2)
         else:
@@ -149,3 +166,14 @@ class NormOverChannels(Rule):
         for node in call.inputs[1:]:
             space.pin_all(axes(node), call.node, f"belongs to a {call.name} of fixed size")
         return tuple(result)
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        labels = known.axis(call.node, -1)
+        if labels is not None and self.passes(call, known.graph.space):
+            yield Read(labels, np.ones(len(labels), bool))
+
+    def rewrite(self, call: Call, plan: PlanBuilder) -> None:
+        labels = plan.knowledge.axis(call.node, -1)
+        if labels is not None and self.passes(call, plan.graph.space):
+            old, left = tuple(call.arg(1, "normalized_shape")), int(plan.kept(labels).sum())
+            plan.set_size(call, "normalized_shape", old, (left,))
