@@ -25,7 +25,7 @@ from compress.graph.explain import (
 )
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.run import record
-from compress.graph.trace import Trace, location
+from compress.graph.trace import Trace
 from compress.rules.registry import OPAQUE, Call, Rule, Units, no_axes, rule_for
 
 

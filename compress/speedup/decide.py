@@ -242,7 +242,7 @@ def wholly_masked(knowledge: Knowledge) -> np.ndarray:
             continue
         if graph.passes_on(units, labels):
             continue
-        live = knowledge.pattern(units.weight).any(1 - units.weight_axis)
+        live = np.asarray(knowledge.pattern(units.weight).any(axis=1 - units.weight_axis))
         live = live if len(live) == len(labels) else np.ones(len(labels), bool)
         for bias in set(step.call.inputs) - {units.weight, units.source}:
             value = knowledge.value(bias)

@@ -117,8 +117,10 @@ class Plan:
         parts = []
         if path in self.biases:
             parts.append("takes constants")
-        for carry in self.carries.get(path, ()):
-            parts.append(f"{carry.target} carries {len(carry.sources)} of axis {carry.axis}")
+        parts += [
+            f"{carry.target} carries {len(carry.sources)} of axis {carry.axis}"
+            for carry in self.carries.get(path, ())
+        ]
         return ", ".join(parts)
 
 

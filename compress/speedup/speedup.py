@@ -122,7 +122,7 @@ class ModelSpeedup:
         """Why a unit of a layer goes or stays under the masks; prints as a sentence.
 
         ``channel`` counts in the layer as it was. Where the structure alone decides, the answer is
-        that of ``ChannelGraph.why``. Errors: ``GraphError`` where there is no such layer or channel.
+        that of ``ChannelGraph.why``. Errors: ``GraphError`` where there is no such unit.
         """
         if self._plan is None:
             self._plan_only()

@@ -46,7 +46,7 @@ def _readers(decision: Decision, label: int) -> Iterator[str]:
 
 def _masked_in(decision: Decision, masks: Mapping[str, torch.Tensor], label: int) -> Iterator[str]:
     """In which of the layers that make a unit it is masked, and in which not."""
-    graph, masked, unmasked = decision.graph, [], []
+    graph, masked, unmasked = decision.graph, list[str](), list[str]()
     for path, units in graph.layers.items():
         places = np.flatnonzero(graph.root[units.labels] == graph.root[label])
         if units.follows or not len(places):
