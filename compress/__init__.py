@@ -10,6 +10,7 @@ from compress.pruners import (
     RandomFilterPruner,
 )
 from compress.speedup import ModelSpeedup
+from compress.speedup.compare import verify
 
 __version__ = "0.1.0"
 
@@ -22,4 +23,5 @@ __all__ = [
     "Masks",
     "ModelSpeedup",
     "RandomFilterPruner",
+    "verify",
 ]

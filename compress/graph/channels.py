@@ -6,6 +6,7 @@ which parameters must go together, and which cannot go at all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ import networkx as nx
 import numpy as np
 from torch import fx, nn
 
+from compress.graph.draw import draw
 from compress.graph.explain import (
     Explanation,
     Group,
@@ -209,6 +211,15 @@ class ChannelGraph:
         go with it. Errors: ``GraphError`` where there is no such layer or channel.
         """
         return explain(self, layer, channel)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw the layers to an SVG, PNG or PDF file.
+
+        Boxes are layers, coupled ones have a colour in common; what is held has a red frame and
+        says by what. Graphviz draws it where it and its program ``dot`` are installed, else
+        matplotlib. Errors: ``GraphError`` where neither is, or for another kind of file.
+        """
+        draw(self, path)
 
     def pin_reason(self, label: int) -> str:
         """Why a label that is tied to 0 stays: a pin that it reaches by ties, and where that is."""
