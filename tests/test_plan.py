@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import masked_copy, randomise
+from networks import draw_network
+from oracle import SeededChoices, draw_masks, masked_copy, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress import L1FilterPruner, Masks, ModelSpeedup
-from compress.errors import SpeedupError
+from compress import ChannelGraph, L1FilterPruner, Masks, ModelSpeedup
+from compress.errors import SpeedupError, TraceError
 from compress.speedup.plan import same_plan
 
 
@@ -121,6 +122,17 @@ def test_a_plan_for_a_model_on_the_meta_device() -> None:
         speedup.speedup_model()
 
 
+def test_a_model_that_looks_at_its_data_needs_values_for_a_plan() -> None:
+    class Looking(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2.0 if float(self.weight.sum()) > 0 else 3.0)
+
+    with torch.device("meta"):
+        model = nn.Sequential(Looking(4, 6), nn.Linear(6, 2))
+    with pytest.raises(TraceError, match="meta device.*Load it to a device"):
+        _ = ModelSpeedup(model, torch.rand(2, 4), {"0": units(model[0], 1)}).plan
+
+
 def test_a_plan_follows_sizes_that_the_code_counts() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -203,6 +215,19 @@ def test_not_exact_drops_constants_unless_they_are_to_be_folded() -> None:
     assert offs[1] < offs[0]
 
 
+def test_not_exact_leaves_statistics_of_a_weight_alone() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight / self.weight.mean(), self.bias)
+
+    model = nn.Sequential(nn.Linear(4, 6), Scaled(6, 2)).double()
+    masks = {"0": units(model[0], 1)}
+    speedup = ModelSpeedup(model, torch.rand(2, 4).double(), masks, exact=False)
+    speedup.speedup_model()
+    assert model[1].in_features == 6
+    assert speedup.report.relative_error < 1e-12
+
+
 def test_not_exact_keeps_what_the_structure_holds() -> None:
     model = chain()
     ModelSpeedup(model, pictures(), {"8": units(model[8], 0)}, exact=False).speedup_model()
@@ -215,3 +240,34 @@ def test_masks_of_a_pruner_go_whole_where_exactness_is_not_asked_for() -> None:
     model, masks = L1FilterPruner(model, config).compress()
     ModelSpeedup(model, pictures(), masks, exact=False).speedup_model()
     assert (model[0].out_channels, model[3].out_channels) == (3, 4)
+
+
+# -- over drawn networks -------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("seed", range(12))
+def test_plans_answers_and_cuts_agree_on_drawn_networks(seed: int) -> None:
+    choices = SeededChoices(seed)
+    model, x = draw_network(choices, 6, torch.float64)
+    masks = draw_masks(choices, model)
+    direct = ModelSpeedup(copy.deepcopy(model), x, masks, verify=False)
+    direct.speedup_model()
+    before = everything(model)
+    speedup = ModelSpeedup(model, x, masks, verify=False)
+    assert same_plan(speedup.plan, direct.plan)
+    assert same(before, everything(model))
+    graph = ChannelGraph(model, x)
+    removed = {layer.layer: layer.removed for layer in speedup.report.layers}
+    for path, units in graph.layers.items():
+        name = path.rpartition(".")[0]
+        answers = [speedup.why(path, channel) for channel in range(len(units.labels))]
+        assert sum(answer.free for answer in answers) == removed.get(name, 0), name
+        for channel, answer in enumerate(answers):
+            assert str(answer).startswith(f"channel {channel} of {path} ")
+            if not graph.why(path, channel).free:
+                assert not answer.free
+    assert speedup.speedup_model() is model
+    assert same_plan(speedup.plan, direct.plan)
+    shapes = {name: p.shape for name, p in direct.model.named_parameters()}
+    assert shapes == {name: p.shape for name, p in model.named_parameters()}

@@ -73,8 +73,12 @@ class Reduction(Rule):
     """
 
     def gives_way(self, call: Call, space: LabelSpace) -> bool:
-        """Whether fewer positions along the axes are the same function of fewer channels."""
-        return not space.exact and call.name in _STATISTICS and len(call.inputs) == 1
+        """Whether fewer positions along the axes are the same function of fewer channels.
+
+        Statistics of a parameter are part of what it is, and stay.
+        """
+        known = call.name in _STATISTICS and len(call.inputs) == 1
+        return not space.exact and known and call.first.op != "get_attr"
 
     def dims(self, call: Call) -> tuple[int, ...]:
         ndim = len(shape_of(call.first))
