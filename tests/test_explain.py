@@ -209,15 +209,18 @@ def test_the_report_tells_what_is_coupled_and_where_constants_went() -> None:
     torch.manual_seed(0)
     model = Residual().eval()
     nn.init.constant_(model.norm.bias, 2.0)
-    masks = {"conv1": gone(model.conv1, 0, 1), "conv2": gone(model.conv2, 0, 1)}
+    masks = {"conv1": gone(model.conv1, 0, 1, 2), "conv2": gone(model.conv2, 0, 1)}
     speedup = ModelSpeedup(model, pictures(), masks)
     speedup.speedup_model()
     layers = {layer.layer: layer for layer in speedup.report.layers}
     assert layers["conv1"].coupled == ("conv2",)
-    assert layers["conv1"].removed == 2
+    assert (layers["conv1"].masked, layers["conv1"].removed) == (3, 2)
+    assert layers["conv1"].unmasked_elsewhere == 1
+    assert layers["conv2"].unmasked_elsewhere == 0
     assert speedup.report.constants_folded == ("conv3.bias",)
     text = str(speedup.report)
     assert "go together: conv1, conv2" in text
+    assert "; 1 unmasked in a coupled layer" in text
     assert "constants added to: conv3.bias" in text
 
 

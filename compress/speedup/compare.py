@@ -88,7 +88,7 @@ class Verification:
             f"compared on {len(done)} inputs, batch sizes {', '.join(map(str, sizes)) or 'none'}",
         ]
         if self.error_in_float64 is not None:
-            lines.append(f"in float64 {self.error_in_float64:.1e} of it are left")
+            lines.append(f"in float64 the difference is {self.error_in_float64:.1e} of the scale")
         if self.begins is not None:
             lines.append(f"it begins in {self.begins}")
         lines += [f"batch size {run.batch_size}: {run.problem}" for run in self.runs if run.problem]

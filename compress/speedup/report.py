@@ -24,8 +24,9 @@ class LayerReport:
     """One layer's output units (channels, features).
 
     ``masked`` units have all their weights masked; ``removed`` are gone; ``kept`` maps the reason
-    why a masked unit is still there to how many there are. ``coupled`` names the layers whose units
-    go together with these.
+    why a masked unit is still there to how many there are; ``unmasked_elsewhere`` of these are not
+    masked in some layer that they are coupled with. ``coupled`` names the layers whose units go
+    together with these.
     """
 
     layer: str
@@ -33,6 +34,7 @@ class LayerReport:
     masked: int
     removed: int
     kept: dict[str, int]
+    unmasked_elsewhere: int = 0
     coupled: tuple[str, ...] = ()
 
 
@@ -64,6 +66,8 @@ class Report:
         table.add_column("masked, but kept: why", overflow="fold")
         for layer in self.layers:
             reasons = "; ".join(f"{count}: it {reason}" for reason, count in layer.kept.items())
+            if layer.unmasked_elsewhere:
+                reasons += f"; {layer.unmasked_elsewhere} unmasked in a coupled layer"
             numbers = (str(n) for n in (layer.units, layer.masked, layer.removed))
             table.add_row(layer.layer, *numbers, reasons)
         console = Console(width=120, color_system=None)
@@ -117,7 +121,7 @@ def make_report(
     """Put the report together from the decision and the plan."""
     graph = decision.graph
     layers: list[LayerReport] = []
-    coupled = couplings(graph)
+    coupled, unmasked = couplings(graph), _unmasked(decision, masks)
     for path, layer in graph.layers.items():
         labels, units = layer.labels, len(layer.labels)
         masked = masked_units(masks.get(path), layer.axis, units)
@@ -125,7 +129,8 @@ def make_report(
         if masked.any() or gone.any():
             why = _reasons(decision, labels[masked & ~gone])
             name, counts_here = layer_of(graph, path), (units, int(masked.sum()), int(gone.sum()))
-            layers.append(LayerReport(name, *counts_here, why, coupled[path]))
+            elsewhere = int(unmasked[graph.root[labels[masked & ~gone]]].sum())
+            layers.append(LayerReport(name, *counts_here, why, elsewhere, coupled[path]))
     return Report(
         layers=(*layers, *_other_weights(decision, masks)),
         parameters_before=counts[0],
@@ -136,6 +141,17 @@ def make_report(
         planned=planned,
         notes=plan.notes,
     )
+
+
+def _unmasked(decision: Decision, masks: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """Bool (labels,), by root: whether some layer makes the unit and does not mask it."""
+    found = np.zeros(decision.graph.space.size, bool)
+    for path, layer in decision.graph.layers.items():
+        if not layer.follows:
+            masked = masked_units(masks.get(path), layer.axis, len(layer.labels))
+            found[decision.graph.root[layer.labels[~masked]]] = True
+    found[decision.graph.root[0]] = False  # all that stays for the structure's sake
+    return found
 
 
 def _reasons(decision: Decision, stayed: np.ndarray) -> dict[str, int]:
