@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress import ChannelGraph, ModelSpeedup
+from compress import ChannelGraph, L1FilterPruner, ModelSpeedup
 from compress.errors import GraphError
 
 
@@ -109,6 +109,21 @@ def test_coupled_names_the_layers_that_shrink_together() -> None:
     assert graph.coupled("norm") == ["conv1", "conv2"]
     assert graph.coupled("conv2", readers=True) == ["conv1", "norm", "conv3"]
     assert graph.coupled("conv3") == []
+
+
+def test_a_convolution_inside_a_residual_makes_units_of_its_own() -> None:
+    graph = ChannelGraph(Residual().eval(), pictures())
+    assert not graph.layers["conv2.weight"].follows  # though its outputs are tied to its inputs
+    depthwise = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
+    graph = ChannelGraph(depthwise, pictures())
+    assert [units.follows for units in graph.layers.values()] == [False, True, False]
+    model, config = Residual(), [{"sparsity": 0.5, "op_names": ["conv1", "conv3"]}]
+    pruner = L1FilterPruner(model, config, mode="dependency_aware", dummy_input=pictures())
+    with pytest.warns(UserWarning, match="masks nothing of 'conv1'"):
+        _, masks = pruner.compress()
+    assert masks["conv1"]["weight"].all()  # conv2 is not to be pruned, nor what it is added to
+    assert not masks["conv3"]["weight"].all()
+    assert not {"conv2", "norm"} & set(masks)
 
 
 def test_a_free_channel_says_what_goes_with_it() -> None:

@@ -145,23 +145,24 @@ def test_a_small_model_that_does_not_run_is_not_the_same() -> None:
 
 
 def test_rounding_alone_is_told_by_float64() -> None:
-    class Steep(nn.Module):
-        def __init__(self, order: int) -> None:
-            super().__init__()
-            self.out, self.order = nn.Linear(64, 3), order
+    class Rounding(nn.Linear):
+        """Adds a large number and takes it off again: in float32 digits are lost."""
+
+        large = 0.0
 
         def forward(self, x: Tensor) -> Tensor:
-            y = self.out(x)  # a sum that cancels: what is left is rounding
-            return sum(y + big - big for big in (1e6, 3e6)[:: self.order]) / 2
+            return super().forward(x) + self.large - self.large
 
     torch.manual_seed(0)
-    one, other = Steep(1), Steep(-1)
-    other.load_state_dict(one.state_dict())
-    nn.init.constant_(other.out.bias, 0.0)
-    nn.init.constant_(one.out.bias, 0.0)
-    verdict = verify(other, one, torch.rand(4, 64), tolerance=0.0, samples=0)
-    assert verdict.error_in_float64 is None or verdict.error_in_float64 < 1e-8
+    masked, small = Rounding(8, 3), Rounding(8, 3)
+    small.load_state_dict(masked.state_dict())
+    small.large = 1e5
+    verdict = verify(small, masked, torch.rand(4, 8), samples=0)
+    assert verdict.relative_error > 1e-4
+    assert verdict.error_in_float64 is not None
+    assert verdict.error_in_float64 < 1e-8
     assert verdict
+    assert "in float64 the difference is" in str(verdict)
 
 
 @pytest.mark.parametrize(

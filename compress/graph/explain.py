@@ -190,9 +190,12 @@ def couplings(graph: ChannelGraph) -> dict[str, tuple[str, ...]]:
         for label in roots:
             sharing.setdefault(label, []).append(path)
     sharing.pop(0, None)
+    # Thousands of labels are shared by the same layers: each such set is looked at once.
+    sets = {label: tuple(paths) for label, paths in sharing.items()}
     found = {}
     for path, roots in own.items():
-        others = {other for label in roots for other in sharing.get(label, ()) if other != path}
+        distinct = {sets[label] for label in roots if label in sets}
+        others = {other for paths in distinct for other in paths if other != path}
         found[path] = tuple(layer_of(graph, other) for other in graph.layers if other in others)
     return found
 

@@ -80,6 +80,10 @@ class Knowledge:
             self._patterns[node] = found
         return found
 
+    def forget(self) -> None:
+        """Drop what only a decision needs: a byte for each weight."""
+        self._patterns.clear()
+
     # -- values ----------------------------------------------------------------------------
 
     def value(self, node: Any) -> Value:

@@ -143,8 +143,6 @@ class ModelSpeedup:
         if self._done:
             raise SpeedupError("this model has been sped up; make a new ModelSpeedup to go on")
         _check_values(self.model)
-        if self.optimizer is not None:
-            check_optimizer(self.optimizer, self.model)
         suspended = suspend_masks(self.model)
         try:
             # The new parameters must be ordinary tensors, wherever the caller is.
@@ -174,6 +172,8 @@ class ModelSpeedup:
         self._keep(cut, flat, counts, None, planned=True)
 
     def _shrink(self, masks: Masks) -> None:
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, self.model)
         flat, before = self._by_leaf(masks), self._shapes()
         cutter = self._cutter
         if cutter is None:
@@ -204,6 +204,7 @@ class ModelSpeedup:
                 slice_optimizer(self.optimizer, self.model, cut.plan, before)
             self._keep(cut, flat, counts, error, planned=False)
             self._plan, self._masks_before, self._done = cut.plan, masks, True
+            self._cutter = None
         except BaseException:
             cut.undo()
             raise
@@ -218,6 +219,7 @@ class ModelSpeedup:
     ) -> None:
         """Keep what the report and later questions need."""
         decision, plan = cut.decision, cut.plan
+        decision.knowledge.forget()
         self._report = None
         self._make_report = partial(make_report, decision, plan, flat, counts, error, planned)
         self._explain = partial(explain_decision, decision, flat)
