@@ -26,6 +26,10 @@ class TraceError(CompressError, RuntimeError):
     """The model could not be run and recorded on the dummy input."""
 
 
+class GraphError(CompressError, LookupError):
+    """A question to the channel graph names a layer or a channel that the run did not use."""
+
+
 class SpeedupError(CompressError, RuntimeError):
     """The model cannot be shrunk with these masks; it has been left as it was."""
 

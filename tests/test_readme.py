@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, as one session."""
+"""Every Python block of the README runs, in order, as one session, and prints what it shows."""
 
 import inspect
 import re
@@ -18,16 +18,28 @@ def blocks(language):
         yield text.count("\n", 0, match.start(1)), match[1]
 
 
-def test_the_snippets_run(tmp_path, monkeypatch):
+def words(text):
+    """Text without spaces, and without what another machine or version prints otherwise."""
+    return "".join(re.sub(r"\d\.\de[-+]\d\d|(?<=\.py:)\d+", "#", text).split())
+
+
+def test_the_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # some save files
     torch.manual_seed(0)
     session = {}
-    for number, (line, code) in enumerate(blocks("python")):
+    shown, snippets = list(blocks("output")), list(blocks("python"))
+    for number, (line, code) in enumerate(snippets):
         # Blank lines before it, so that a traceback has the README's line numbers.
         exec(compile("\n" * line + code, str(README), "exec"), session)
         if number == 0:
             left = sum(parameter.numel() for parameter in session["small"].parameters())
             assert f"-> {left:,} parameters" in next(blocks("text"))[1]  # the output that is shown
+        printed, end = words(capsys.readouterr().out), line + code.count("\n")
+        for output in [text for start, text in shown if 0 < start - end <= 4]:
+            rows = [words(row.rstrip("…")) for row in output.splitlines()]
+            assert all(row in printed for row in rows), output
+            shown = [each for each in shown if each[1] != output]
+    assert not shown  # every output that is shown was held against a snippet
     image = torch.rand(1, 3, 32, 32)
     assert session["small"].eval()(image).shape == (1, 10)
 

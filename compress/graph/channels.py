@@ -6,6 +6,7 @@ which parameters must go together, and which cannot go at all.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,10 +15,19 @@ import networkx as nx
 import numpy as np
 from torch import fx, nn
 
+from compress.graph.draw import draw
+from compress.graph.explain import (
+    Explanation,
+    Group,
+    coupled_layers,
+    explain,
+    find_groups,
+    pin_clause,
+)
 from compress.graph.labels import Axis, LabelSpace, each_output
 from compress.graph.run import record
 from compress.graph.trace import Trace
-from compress.rules.registry import OPAQUE, Call, Rule, no_axes, rule_for
+from compress.rules.registry import OPAQUE, Call, Rule, Units, no_axes, rule_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +50,19 @@ class LayerUnits:
     follows: bool
 
 
-def location(node: fx.Node) -> str:
-    """``layer1.0 (resnet.py:92)``: where in the user's model a node comes from."""
-    source = node.meta["source"]
-    where = f"{source[0].rpartition('/')[2]}:{source[1]}" if source else ""
-    module = node.meta["module"] or "the model's forward"
-    return f"{module} ({where})" if where else module
-
-
 class ChannelGraph:
     """``ChannelGraph(model, dummy_input)``: labels for every axis of every tensor of one run.
 
     ``trace`` is the recorded run (an fx graph, or ``graph.networkx()``), ``axes`` maps a node to
     its label vectors, ``root`` maps a label to the smallest label of its class: positions with the
-    same root are removed together, and root 0 never is.
+    same root are removed together, and root 0 never is. With ``exact=False`` channels that
+    statistics are taken over may go, which changes these.
     """
 
-    def __init__(self, model: nn.Module, dummy_input: Any) -> None:
+    def __init__(self, model: nn.Module, dummy_input: Any, exact: bool = True) -> None:
         self.model = model
         self.trace: Trace = record(model, dummy_input)
-        self.space = LabelSpace()
+        self.space = LabelSpace(exact=exact)
         self.axes: dict[fx.Node, Any] = {}
         self.steps: list[Step] = []
         for node in self.trace.nodes:
@@ -157,13 +160,29 @@ class ChannelGraph:
                 continue
             size = step.call.shape[made.axis]
             labels = self.axes[step.call.node][made.axis]
-            source = self.axes[made.source][made.axis]
+            if labels is None and made.weight.meta["shape"][made.weight_axis] == size:
+                labels = self.axes[made.weight][made.weight_axis]  # pinned, with a reason
             labels = np.zeros(size, np.int64) if labels is None else labels
-            passes = source is not None and np.array_equal(self.root[labels], self.root[source])
             found.setdefault(
-                str(made.weight.target), LayerUnits(labels, made.weight_axis, bool(passes))
+                str(made.weight.target),
+                LayerUnits(labels, made.weight_axis, self.passes_on(made, labels)),
             )
         return found
+
+    def passes_on(self, made: Units, labels: np.ndarray) -> bool:
+        """Whether units are the input's own channels, one by one, and none of them new.
+
+        Where a residual ties a layer's output to its input, the weight reads the same labels along
+        another axis.
+        """
+        source, path = self.axes[made.source][made.axis], str(made.weight.target)
+        if source is None or not np.array_equal(self.root[labels], self.root[source]):
+            return False
+        others = [a for i, a in enumerate(self.axes[made.weight]) if i != made.weight_axis]
+        reads = any(
+            a is not None and np.array_equal(self.root[a], self.root[source]) for a in others
+        )
+        return not reads and path not in self.space.fields
 
     @cached_property
     def vectors(self) -> list[np.ndarray]:
@@ -176,12 +195,40 @@ class ChannelGraph:
                         found[id(axis)] = axis
         return list(found.values())
 
+    def groups(self) -> list[Group]:
+        """The coupled groups: which positions of which axes of which parameters go together."""
+        return find_groups(self)
+
+    def coupled(self, layer: str, readers: bool = False) -> list[str]:
+        """Names of the layers whose units go together with those of ``layer``, in order.
+
+        Residual streams, the norms that follow, the queries and keys of the same heads. With
+        ``readers`` those, too, that lose inputs on that account. Errors: ``GraphError`` where the
+        model has no such layer.
+        """
+        return coupled_layers(self, layer, readers)
+
+    def why(self, layer: str, channel: int) -> Explanation:
+        """Whether the structure lets one unit of a layer go, and why; prints as a sentence.
+
+        If it is held: by which ties, through which calls, to which pin. If it is free: what would
+        go with it. Errors: ``GraphError`` where there is no such layer or channel.
+        """
+        return explain(self, layer, channel)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw the layers to an SVG, PNG or PDF file.
+
+        Boxes are layers, coupled ones have a colour in common; what is held has a red frame and
+        says by what. Graphviz draws it where it and its program ``dot`` are installed, else
+        matplotlib. Errors: ``GraphError`` where neither is, or for another kind of file.
+        """
+        draw(self, path)
+
     def pin_reason(self, label: int) -> str:
         """Why a label that is tied to 0 stays: a pin that it reaches by ties, and where that is."""
         pin = int(self.nearest_pin[label])
-        if pin < 0:
-            return "cannot shrink"
-        return f"{self.space.pins[pin].reason} at {location(self.space.pins[pin].node)}"
+        return "is the only one of its axis" if pin < 0 else pin_clause(self, self.space.pins[pin])
 
     @cached_property
     def nearest_pin(self) -> np.ndarray:

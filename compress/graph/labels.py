@@ -21,11 +21,15 @@ Axes = tuple[Axis, ...]
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Labels that may not be removed, the node that says so, and why (a clause, for the user)."""
+    """Labels that may not be removed, the node that says so, and why (a clause, for the user).
+
+    ``meets``: they may not because another tensor of the call has a fixed size.
+    """
 
     labels: Labels
     node: fx.Node
     reason: str
+    meets: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +83,13 @@ class Field:
 
 @dataclass
 class LabelSpace:
-    """Hands out labels and collects what ties them, pins them and couples their counts."""
+    """Hands out labels and collects what ties them, pins them and couples their counts.
+
+    ``exact``: statistics over labels pin them; otherwise they only read them.
+    """
 
     size: int = 1
+    exact: bool = True
     ties: list[Tie] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
@@ -95,10 +103,10 @@ class LabelSpace:
         self.size += count
         return np.arange(self.size - count, self.size)
 
-    def pin(self, axis: Axis, node: fx.Node, reason: str) -> None:
+    def pin(self, axis: Axis, node: fx.Node, reason: str, meets: bool = False) -> None:
         """Nothing along this axis may be removed."""
         if axis is not None:
-            self.pins.append(Pin(axis, node, reason))
+            self.pins.append(Pin(axis, node, reason, meets))
 
     def pin_all(self, axes: Iterable[Axis], node: fx.Node, reason: str) -> None:
         for axis in axes:
@@ -107,8 +115,8 @@ class LabelSpace:
     def tie(self, left: Axis, right: Axis, node: fx.Node, reason: str) -> Axis:
         """Make two axes of the same length one, and return it; ``reason`` is for a fixed side."""
         if left is None or right is None:
-            self.pin(left, node, reason)
-            self.pin(right, node, reason)
+            self.pin(left, node, reason, meets=True)
+            self.pin(right, node, reason, meets=True)
             return None
         if left is not right and not np.array_equal(left, right):
             self.ties.append(Tie(left, right, node))

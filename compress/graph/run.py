@@ -208,7 +208,13 @@ def record(model: nn.Module, dummy_input: Any) -> Trace:
     recorder, on_meta = Recorder(), True
     try:
         run_recorded(model, dummy_input, True, False, recorder)
-    except Exception:  # the model looks at its data, or keeps tensors of its own: run for real
+    except Exception as error:  # it looks at its data, or keeps tensors of its own: run for real
+        if any(tensor.is_meta for _, tensor, _ in leaves_of(model)):
+            raise TraceError(
+                f"{type(model).__name__} has parameters without values (meta device) and does not "
+                f"run so: {type(error).__name__}: {error}. Does it look at its data? Load it to a "
+                "device first."
+            ) from error
         on_meta = False
     if not on_meta:
         recorder = Recorder()

@@ -268,6 +268,14 @@ class Recorder(TorchFunctionMode):
                 self.outputs.append(node)
 
 
+def location(node: fx.Node) -> str:
+    """``layer1.0 (resnet.py:92)``: where in the user's model a node comes from."""
+    source = node.meta["source"]
+    where = f"{source[0].rpartition('/')[2]}:{source[1]}" if source else ""
+    module = node.meta["module"] or "the model's forward"
+    return f"{module} ({where})" if where else module
+
+
 def _version(tensor: torch.Tensor) -> int:
     """How often the tensor was written; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version

@@ -91,7 +91,8 @@ class Contraction(Rule):
         free = inputs is not None and weight[whole] is not None
         if not free or (g.weight.op != "get_attr" and not depthwise):
             for axis in (inputs, weight[whole], weight[part]):
-                space.pin(axis, node, "meets a grouped convolution of fixed size")
+                reason = "goes with a fixed size into a grouped convolution"
+                space.pin(axis, node, reason, meets=inputs is None)
             return None
         space.pin(weight[part], node, "is an axis inside the groups")
         if g.weight_in == whole:

@@ -72,10 +72,10 @@ def tied_axes(
 
 
 def _tie_all(found: list[tuple[fx.Node, Axis]], call: Call, space: LabelSpace) -> Axis:
-    fixed = next((node for node, axis in found if axis is None), None)
-    if fixed is not None:
+    if any(axis is None for _, axis in found):
         for _, axis in found:
-            space.pin(axis, call.node, f"meets a tensor that cannot shrink in {call.name}")
+            reason = f"meets a tensor of fixed size in {call.name}"
+            space.pin(axis, call.node, reason, meets=True)
         return None
     first = found[0][1]
     for _, axis in found[1:]:

@@ -5,21 +5,23 @@ Over places they keep the channels. Over a labelled axis they would mix what may
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.shapes import normal_axis
 from compress.rules.elementwise import tied_axes
-from compress.rules.registry import Call, Rule, Value, rule, shape_of
+from compress.rules.registry import Call, Read, Rule, Value, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
 
 AxesOf = Callable[[Any], Axes]
+_STATISTICS = frozenset("mean sum amax amin std var std_mean var_mean norm logsumexp".split())
 
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
@@ -66,7 +68,18 @@ class Pooling(Rule):
       "argmax", "argmin", "median", "cumsum", "cumprod", "softmax", "log_softmax",
       "softmin", "sort", "topk", "argsort", "std_mean", "var_mean")  # fmt: skip
 class Reduction(Rule):
-    """The axes that are summed up stay; the others pass."""
+    """The axes that are summed up stay; the others pass.
+
+    Where the speedup need not be exact, some only read them (a norm written by hand).
+    """
+
+    def gives_way(self, call: Call, space: LabelSpace) -> bool:
+        """Whether fewer positions along the axes are the same function of fewer channels.
+
+        Statistics of a parameter are part of what it is, and stay.
+        """
+        known = call.name in _STATISTICS and len(call.inputs) == 1
+        return not space.exact and known and call.first.op != "get_attr"
 
     def dims(self, call: Call) -> tuple[int, ...]:
         ndim = len(shape_of(call.first))
@@ -84,7 +97,8 @@ class Reduction(Rule):
             return tied_axes(call.inputs, axes, call, space)
         given, dims = list(axes(call.first)), self.dims(call)
         for dim in dims:
-            space.pin(given[dim], call.node, f"is what {call.name} works over")
+            if not self.gives_way(call, space):
+                space.pin(given[dim], call.node, f"is what {call.name} works over")
             given[dim] = None
         if call.shape and not isinstance(call.shape[0], int):
             return tuple(self._drop(given, dims, len(s)) for s in call.shape)
@@ -94,6 +108,14 @@ class Reduction(Rule):
         if ndim == len(given):
             return tuple(given)
         return tuple(axis for i, axis in enumerate(given) if i not in dims)
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        if not self.gives_way(call, known.graph.space):
+            return
+        for dim in self.dims(call):
+            labels = known.axis(call.first, dim)
+            if labels is not None:
+                yield Read(labels, np.ones(len(labels), bool))
 
     def value(self, call: Call, known: Knowledge) -> Value:
         value = known.value(call.first)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from compress.graph.channels import ChannelGraph, Step, location
+from compress.graph.channels import ChannelGraph, Step
 from compress.graph.labels import EqualParts, Grid, Labels
+from compress.graph.trace import location
 from compress.rules.registry import Read, Rule
 from compress.speedup.knowledge import Knowledge
 
@@ -39,15 +40,19 @@ class Limits:
 
 
 class Decision:
-    """``keep`` (one per label root, true: stays) and why: ``reason(label)``."""
+    """``keep`` (one per label root, true: stays) and why: ``reason(label)``.
 
-    def __init__(self, knowledge: Knowledge, limits: Limits) -> None:
+    ``dropped`` (one per label root): goes though it is read. With ``exact`` nothing is.
+    """
+
+    def __init__(self, knowledge: Knowledge, limits: Limits, exact: bool = True) -> None:
         self.knowledge = knowledge
         self.graph: ChannelGraph = knowledge.graph
         self.root = self.graph.root
         self.limits = limits
         self.keep = np.zeros(self.graph.space.size, bool)
         self.keep[self.root[0]] = True
+        self.dropped = np.zeros(self.graph.space.size, bool) if exact else wholly_masked(knowledge)
         self.reads: dict[fx.Node, list[Read]] = {}
         self._reasons: list[tuple[str, fx.Node | None]] = [("is in use", None)]
         self._blame = np.zeros(self.graph.space.size, np.int64)  # index of the reason, by root
@@ -98,7 +103,10 @@ class Decision:
         self._last_live[node] = key
         self.reads[node] = list(step.rule.reads(step.call, self.knowledge, state))
         return _any_changed(
-            self._restore(read.labels[read.needed], "is read by", node) for read in self.reads[node]
+            self._restore(
+                read.labels[read.needed & ~self.dropped[self.root[read.labels]]], "is read by", node
+            )
+            for read in self.reads[node]
         )
 
     def _restore(self, labels: Labels, reason: str, node: fx.Node | None = None) -> bool:
@@ -225,6 +233,32 @@ class Decision:
             text = reason if node is None else f"{reason} {location(node)}"
             return text if reason != _CELL else text + self._line_reason(label)
         return self.graph.pin_reason(label)
+
+
+def wholly_masked(knowledge: Knowledge) -> np.ndarray:
+    """Bool (labels,), by root: whether all the weights and biases that make a unit are 0.
+
+    Of every call that makes units; those that pass their input's own channels on (depthwise
+    convolutions) count as readers.
+    """
+    graph = knowledge.graph
+    made, alive = np.zeros(graph.space.size, bool), np.zeros(graph.space.size, bool)
+    for step in graph.steps:
+        units = step.rule.makes(step.call)
+        labels = None if units is None else graph.axes[step.call.node][units.axis]
+        if units is None or labels is None:
+            continue
+        if graph.passes_on(units, labels):
+            continue
+        live = np.asarray(knowledge.pattern(units.weight).any(axis=1 - units.weight_axis))
+        live = live if len(live) == len(labels) else np.ones(len(labels), bool)
+        for bias in set(step.call.inputs) - {units.weight, units.source}:
+            value = knowledge.value(bias)
+            live = live | (True if value is None else (value != 0).numpy())
+        made[graph.root[labels]] = True
+        alive[graph.root[labels[live]]] = True
+    alive[graph.root[0]] = True
+    return made & ~alive
 
 
 def _any_changed(changes: Iterable[bool]) -> bool:

@@ -13,8 +13,9 @@ import numpy as np
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from compress.graph.channels import ChannelGraph, location
+from compress.graph.channels import ChannelGraph
 from compress.graph.labels import Axis, EqualParts
+from compress.graph.trace import location
 from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
 from compress.speedup.plan import Attribute

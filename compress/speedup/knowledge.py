@@ -23,6 +23,10 @@ _PLAIN_FORWARDS = {
 }  # fmt: skip
 
 
+# What stands for the values of a parameter on the meta device: anything but 0.
+UNKNOWN = 0.37
+
+
 class Knowledge:
     """Known values of a masked model, computed once in the order of the run.
 
@@ -53,6 +57,8 @@ class Knowledge:
         """The masked parameter (or the buffer) behind a leaf, or some positions along an axis."""
         tensor: torch.Tensor = node.meta["tensor"].detach()
         mask = self.masks.get(str(node.target))
+        if tensor.is_meta:
+            tensor = torch.tensor(UNKNOWN, device="cpu").expand(tensor.shape)
         if positions is not None:
             index = torch.from_numpy(positions).to(tensor.device)
             tensor = tensor.index_select(axis, index)
@@ -65,11 +71,18 @@ class Knowledge:
         if found is None:
             if node.op == "get_attr":
                 mask = self.masks.get(str(node.target))
-                found = _nonzero_pattern(node.meta["tensor"].detach(), mask).cpu().numpy()
+                weight = node.meta["tensor"].detach()
+                if weight.is_meta:
+                    weight = torch.tensor(UNKNOWN, device="cpu").expand(weight.shape)
+                found = _nonzero_pattern(weight, mask).cpu().numpy()
             else:
                 found = _pattern_of_value(self.value(node), node.meta["shape"])
             self._patterns[node] = found
         return found
+
+    def forget(self) -> None:
+        """Drop what only a decision needs: a byte for each weight."""
+        self._patterns.clear()
 
     # -- values ----------------------------------------------------------------------------
 
@@ -86,7 +99,8 @@ class Knowledge:
         return None if isinstance(value, tuple) else value
 
     def _leaf_value(self, node: fx.Node) -> Value:
-        if node.meta["tensor"].numel() > LARGEST_VALUE or node.meta["tensor"].is_meta:
+        tensor = node.meta["tensor"]
+        if tensor.numel() > LARGEST_VALUE or (tensor.is_meta and not tensor.is_floating_point()):
             return None
         value = self.leaf(node).cpu()
         if value.is_floating_point():

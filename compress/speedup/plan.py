@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import fx, nn
 
 from compress.graph.channels import ChannelGraph
@@ -99,6 +101,7 @@ class Plan:
     ``new_biases``: the biases that are made for it, each with the weight it belongs to.
     ``carries``: constants moved within a weight. ``scales``: parameters multiplied by a number.
     ``attributes``: sizes and numbers set on modules. ``replacements``: modules of another class.
+    ``shapes``: what the parameters that change had before. ``notes``: what limits the plan.
     """
 
     slices: dict[str, Slice] = field(default_factory=dict)
@@ -108,6 +111,56 @@ class Plan:
     scales: dict[str, Scale] = field(default_factory=dict)
     attributes: list[Attribute] = field(default_factory=list)
     replacements: list[Replacement] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        table = Table(title="plan", title_justify="left")
+        for name in ("parameter", "shape", "new shape", "values"):
+            table.add_column(name, overflow="fold")
+        for path in dict.fromkeys((*self.slices, *self.biases, *self.carries, *self.scales)):
+            before, cut = self.shapes.get(path), self.slices.get(path)
+            after = before if before is None or cut is None else cut.shape(before)
+            if before is None:  # a bias that is new
+                after = cut.shape(self.biases[path].shape) if cut else self.biases[path].shape
+            table.add_row(path, str(before or "new"), str(after), self._moved(path))
+        for attribute in self.attributes:
+            name = f"{attribute.module}.{attribute.name}".lstrip(".")
+            table.add_row(name, str(attribute.old), str(attribute.new), "")
+        for replacement in self.replacements:
+            table.add_row(replacement.module, "", replacement.kind, str(replacement.options))
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get() + "\n".join(self.notes)
+
+    def _moved(self, path: str) -> str:
+        """The constants that a parameter takes over, in words."""
+        parts = []
+        if path in self.biases:
+            parts.append("takes constants")
+        if path in self.scales:
+            parts.append(f"times {self.scales[path].factor:.4g}")
+        parts += [
+            f"{carry.target} carries {len(carry.sources)} of axis {carry.axis}"
+            for carry in self.carries.get(path, ())
+        ]
+        return ", ".join(parts)
+
+
+def same_plan(one: Any, other: Any) -> bool:
+    """Whether two plans (or parts of them) say the same, array by array."""
+    if isinstance(one, np.ndarray):
+        return isinstance(other, np.ndarray) and np.array_equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if is_dataclass(one):
+        return all(same_plan(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_plan(v, other[k]) for k, v in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_plan, one, other))
+    return bool(one == other)
 
 
 class PlanBuilder:
@@ -128,6 +181,9 @@ class PlanBuilder:
                 step.rule.rewrite(step.call, self)
             self._set_module_sizes()
             self.plan.attributes = list(self._attributes.values())
+        changed = {**self.plan.slices, **self.plan.biases, **self.plan.carries}
+        leaves = self.graph.trace.leaves
+        self.plan.shapes = {p: leaves[p].meta["shape"] for p in changed if p in leaves}
 
     def kept(self, labels: Labels) -> np.ndarray:
         return self.decision.kept(labels)

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from compress.graph.explain import couplings, layer_of
 from compress.speedup.decide import Decision
-from compress.speedup.knowledge import any_by_row
 from compress.speedup.plan import Plan
+from compress.speedup.why import masked_units
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class LayerReport:
     """One layer's output units (channels, features).
 
     ``masked`` units have all their weights masked; ``removed`` are gone; ``kept`` maps the reason
-    why a masked unit is still there to how many there are.
+    why a masked unit is still there to how many there are; ``unmasked_elsewhere`` of these are not
+    masked in some layer that they are coupled with. ``coupled`` names the layers whose units go
+    together with these.
     """
 
     layer: str
@@ -31,6 +34,8 @@ class LayerReport:
     masked: int
     removed: int
     kept: dict[str, int]
+    unmasked_elsewhere: int = 0
+    coupled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Report:
 
     ``parameters_before`` and ``parameters_after`` count elements of parameters.
     ``relative_error`` is max |small - masked| / max |masked| on the dummy input; None: not checked.
+    ``constants_folded`` are the biases that took constants, ``constants_carried`` the weights in
+    which one channel carries those of others. ``planned``: nothing has been done yet. ``notes``
+    say what limits the result.
     """
 
     layers: tuple[LayerReport, ...]
@@ -47,6 +55,8 @@ class Report:
     relative_error: float | None
     constants_folded: tuple[str, ...] = ()
     constants_carried: tuple[str, ...] = ()
+    planned: bool = False
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         table = Table(title="speedup", title_justify="left")
@@ -56,21 +66,37 @@ class Report:
         table.add_column("masked, but kept: why", overflow="fold")
         for layer in self.layers:
             reasons = "; ".join(f"{count}: it {reason}" for reason, count in layer.kept.items())
+            if layer.unmasked_elsewhere:
+                reasons += f"; {layer.unmasked_elsewhere} unmasked in a coupled layer"
             numbers = (str(n) for n in (layer.units, layer.masked, layer.removed))
             table.add_row(layer.layer, *numbers, reasons)
         console = Console(width=120, color_system=None)
         with console.capture() as capture:
             console.print(table)
-        return capture.get() + self.summary()
+        return capture.get() + "\n".join([*self._footnotes(), self.summary()])
+
+    def _footnotes(self) -> Iterator[str]:
+        """What is coupled, and where constants went, a line for each."""
+        together: dict[frozenset[str], tuple[str, ...]] = {}
+        for layer in self.layers:
+            names = (layer.layer, *layer.coupled)
+            if together.setdefault(frozenset(names), names) is names and layer.coupled:
+                yield f"go together: {', '.join(names)}"
+        if self.constants_folded:
+            yield f"constants added to: {', '.join(self.constants_folded)}"
+        if self.constants_carried:
+            yield f"constants carried by one channel of: {', '.join(self.constants_carried)}"
+        yield from self.notes
 
     def summary(self) -> str:
         """Parameters before and after, and how exact the result is, in one line."""
         left = self.parameters_after / max(self.parameters_before, 1)
-        checked = (
-            "not verified"
-            if self.relative_error is None
-            else f"largest difference to the masked model {self.relative_error:.1e}"
-        )
+        if self.planned:
+            checked = "planned: nothing is done yet"
+        elif self.relative_error is None:
+            checked = "not verified"
+        else:
+            checked = f"largest difference to the masked model {self.relative_error:.1e}"
         return (
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters "
             f"({left:.1%} left), {checked}"
@@ -90,36 +116,70 @@ def make_report(
     masks: Mapping[str, torch.Tensor],
     counts: tuple[int, int],
     relative_error: float | None,
+    planned: bool = False,
 ) -> Report:
     """Put the report together from the decision and the plan."""
     graph = decision.graph
-    layers: dict[str, LayerReport] = {}
+    layers: list[LayerReport] = []
+    coupled, unmasked = couplings(graph), _unmasked(decision, masks)
     for path, layer in graph.layers.items():
         labels, units = layer.labels, len(layer.labels)
-        masked = _masked_units(masks.get(path), layer.axis, units)
+        masked = masked_units(masks.get(path), layer.axis, units)
         gone = ~decision.kept(labels)
         if masked.any() or gone.any():
-            why: Counter[str] = Counter()
-            stayed = labels[masked & ~gone]
-            for _, first, count in _grouped(decision.reason_key(stayed)):
-                why[decision.reason(int(stayed[first])) or ""] += count
-            name = path.rpartition(".")[0]
-            layers[path] = LayerReport(name, units, int(masked.sum()), int(gone.sum()), dict(why))
+            why = _reasons(decision, labels[masked & ~gone])
+            name, counts_here = layer_of(graph, path), (units, int(masked.sum()), int(gone.sum()))
+            elsewhere = int(unmasked[graph.root[labels[masked & ~gone]]].sum())
+            layers.append(LayerReport(name, *counts_here, why, elsewhere, coupled[path]))
     return Report(
-        layers=tuple(layers.values()),
+        layers=(*layers, *_other_weights(decision, masks)),
         parameters_before=counts[0],
         parameters_after=counts[1],
         relative_error=relative_error,
         constants_folded=tuple(sorted(plan.biases)),
         constants_carried=tuple(sorted(plan.carries)),
+        planned=planned,
+        notes=plan.notes,
     )
 
 
-def _masked_units(mask: torch.Tensor | None, axis: int, units: int) -> np.ndarray:
-    if mask is None:
-        return np.zeros(units, bool)
-    rows = any_by_row(mask.movedim(axis, 0).reshape(mask.shape[axis], -1)).cpu().numpy()
-    return ~rows if len(rows) == units else np.zeros(units, bool)
+def _unmasked(decision: Decision, masks: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """Bool (labels,), by root: whether some layer makes the unit and does not mask it."""
+    found = np.zeros(decision.graph.space.size, bool)
+    for path, layer in decision.graph.layers.items():
+        if not layer.follows:
+            masked = masked_units(masks.get(path), layer.axis, len(layer.labels))
+            found[decision.graph.root[layer.labels[~masked]]] = True
+    found[decision.graph.root[0]] = False  # all that stays for the structure's sake
+    return found
+
+
+def _reasons(decision: Decision, stayed: np.ndarray) -> dict[str, int]:
+    """Why labels stay, each reason with how many it keeps."""
+    why: Counter[str] = Counter()
+    for _, first, count in _grouped(decision.reason_key(stayed)):
+        why[decision.reason(int(stayed[first])) or ""] += count
+    return dict(why)
+
+
+def _other_weights(decision: Decision, masks: Mapping[str, torch.Tensor]) -> Iterator[LayerReport]:
+    """Masked weights of which no rule says that they make units: recurrent ones, unused ones."""
+    graph = decision.graph
+    for path, mask in masks.items():
+        if path in graph.layers or mask.dim() < 2:
+            continue
+        node, units, name = graph.trace.leaves.get(path), len(mask), layer_of(graph, path)
+        masked = masked_units(mask, 0, units)
+        labels = None if node is None else graph.axes[node][0]
+        if not masked.any():
+            continue
+        if labels is None:
+            reason = "is used by nothing that ran" if node is None else decision.graph.pin_reason(0)
+            yield LayerReport(name, units, int(masked.sum()), 0, {reason: int(masked.sum())})
+        else:
+            gone = ~decision.kept(labels)
+            why = _reasons(decision, labels[masked & ~gone])
+            yield LayerReport(name, units, int(masked.sum()), int(gone.sum()), why)
 
 
 def _grouped(keys: np.ndarray) -> Iterator[tuple[int, int, int]]:

@@ -6,40 +6,26 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from compress.errors import SpeedupError
-from compress.graph.channels import ChannelGraph
+from compress.graph.explain import Explanation
 from compress.graph.run import leaves_of
 from compress.masks import Masks, suspend_masks
-from compress.speedup.decide import Decision, Limits
-from compress.speedup.follow import Follower
-from compress.speedup.knowledge import Knowledge
-from compress.speedup.plan import Plan, PlanBuilder
-from compress.speedup.replay import needs_replay, replay
+from compress.speedup.cut import Cut, Cutter, Options
+from compress.speedup.decide import Limits
+from compress.speedup.optimizer import check_optimizer, slice_optimizer
+from compress.speedup.plan import Plan, same_plan
 from compress.speedup.report import Report, make_report, parameter_counts
-from compress.speedup.surgery import apply_plan, slice_optimizer
 from compress.speedup.verify import Verifier
+from compress.speedup.why import explain_decision
 
-T = TypeVar("T")
-MOST_TRIES = 100  # real models take a few; one that changes at every run must not go on for ever
 MaskSource = Masks | Mapping[str, Mapping[str, torch.Tensor]] | str | os.PathLike[str]
-
-
-@dataclass
-class _Cut:
-    """A cut that has been made, and how to undo it; ``replayed``: the code was seen to follow."""
-
-    undo: Callable[[], None]
-    decision: Decision
-    plan: Plan
-    replayed: bool
 
 
 class ModelSpeedup:
@@ -59,15 +45,22 @@ class ModelSpeedup:
             shift, say). ``"exact"`` moves it into the next bias, or lets one channel stay to carry
             it where zero padding makes that inexact. ``"fold"`` moves it into the bias even so;
             ``"drop"`` drops it, as other tools do. The report says how far off the last two are.
+        exact: with ``False`` every unit whose producers are all 0 goes, though a consumer still
+            reads it: the layers that make it have its weights and biases masked entirely, but what
+            comes between (a norm's shift, statistics over channels) makes it more than a constant.
+            Constants are dropped then, unless ``constants="fold"``. What the structure pins stays.
+            The report says how far off the small model is on ``dummy_input``.
         round_to: keep a multiple of so many channels in each layer.
         min_channels: keep at least so many channels in each layer.
 
-    After ``speedup_model``: ``report`` (what was removed, what stayed and why), ``plan`` (what was
-    done to which parameter), ``masks`` (the masks of what is left, to go on training with).
+    ``plan`` (what is done to which parameter) and ``report`` (what goes, what stays and why) may be
+    asked before ``speedup_model``, which then carries that plan out; until then the model is as it
+    was, and may be on the meta device. ``masks`` are those of what is left, to go on training with.
 
     Errors: ``MaskError`` for masks that do not fit the model, ``TraceError`` where the model does
-    not run on ``dummy_input``, ``VerificationError`` where the small model would differ. In each
-    case the model is as it was.
+    not run on ``dummy_input``, ``VerificationError`` where the small model would differ,
+    ``SpeedupError`` where the model changed after the plan was made, or an optimizer's state cannot
+    shrink. In each case the model is as it was.
     """
 
     def __init__(
@@ -80,6 +73,7 @@ class ModelSpeedup:
         optimizer: torch.optim.Optimizer | None = None,
         verify: bool = True,
         constants: str = "exact",
+        exact: bool = True,
         round_to: int = 1,
         min_channels: int = 1,
     ) -> None:
@@ -92,48 +86,67 @@ class ModelSpeedup:
         self.dummy_input = dummy_input
         self.optimizer = optimizer
         self.verify = verify
-        self.constants = constants
-        self.limits = Limits(round_to, min_channels)
+        if not exact and constants == "exact":
+            constants = "drop"
+        self.options = Options(constants, Limits(round_to, min_channels), bool(exact))
         self._given = Masks.coerce(masks_or_file, map_location)
         self._given.validate(model)
         self._plan: Plan | None = None
         self._report: Report | None = None
         self._make_report: Callable[[], Report] | None = None  # reasons take longer than the cut
+        self._explain: Callable[[str, int], Explanation] | None = None
+        self._cutter: Cutter | None = None
+        self._done = False
         self._masks: Masks | None = None
 
     @property
     def report(self) -> Report:
-        """What was removed and what stayed, layer by layer."""
-        if self._report is None and self._make_report is not None:
+        """What goes (after ``speedup_model``: went) and what stays and why, layer by layer."""
+        if self._plan is None:
+            self._plan_only()
+        if self._report is None:
+            assert self._make_report is not None
             self._report, self._make_report = self._make_report(), None
-        return _done(self._report, "report")
+        return self._report
 
     @property
     def plan(self) -> Plan:
-        """What was done to which parameter."""
-        return _done(self._plan, "plan")
+        """What is done to which parameter; asked before ``speedup_model``, nothing is done yet."""
+        if self._plan is None:
+            self._plan_only()
+        assert self._plan is not None
+        return self._plan
+
+    def why(self, layer: str, channel: int) -> Explanation:
+        """Why a unit of a layer goes or stays under the masks; prints as a sentence.
+
+        ``channel`` counts in the layer as it was. Where the structure alone decides, the answer is
+        that of ``ChannelGraph.why``. Errors: ``GraphError`` where there is no such unit.
+        """
+        if self._plan is None:
+            self._plan_only()
+        assert self._explain is not None
+        return self._explain(layer, channel)
 
     @property
     def masks(self) -> Masks:
         """The masks of what is left, shaped like the small model's parameters."""
         if self._masks is None:
-            plan = _done(self._plan, "masks")
-            self._masks = _remaining(self._given, plan, self.model)
+            if not self._done or self._plan is None:
+                raise SpeedupError("masks: nothing yet; call speedup_model() first")
+            self._masks = _remaining(self._given, self._plan, self.model)
         return self._masks
 
     def speedup_model(self) -> nn.Module:
         """Shrink the model in place and return it."""
-        if self._plan is not None:
+        if self._done:
             raise SpeedupError("this model has been sped up; make a new ModelSpeedup to go on")
+        _check_values(self.model)
         suspended = suspend_masks(self.model)
         try:
             # The new parameters must be ordinary tensors, wherever the caller is.
             with _collector_paused(), torch.inference_mode(False):
-                masks = self._given
-                if suspended.masks:
-                    masks = suspended.masks  # a copy, and nobody else's
-                    masks &= self._given
-                self._shrink(masks)
+                self._shrink(self._all_masks(suspended.masks))
         except BaseException:
             suspended.restore()
             raise
@@ -141,32 +154,84 @@ class ModelSpeedup:
 
     # -- the road --------------------------------------------------------------------------
 
-    def _shrink(self, masks: Masks) -> None:
-        graph = ChannelGraph(self.model, self.dummy_input)
-        flat = self._by_leaf(masks)
-        before = {path: tuple(t.shape) for path, t, _ in leaves_of(self.model)}
-        verifier = Verifier(self.model, self.dummy_input, flat) if self.verify else None
-        knowledge = Knowledge(graph, flat, self.constants)
-        cut = self._cut(graph, knowledge, False)
+    def _plan_only(self) -> None:
+        """Cut, write the report, and undo everything."""
+        suspended = suspend_masks(self.model)
         try:
+            with _collector_paused(), torch.inference_mode(False):
+                flat = self._by_leaf(self._all_masks(suspended.masks))
+                before = self._shapes()
+                cutter = Cutter(self.model, self.dummy_input, flat, self.options)
+                cut = cutter.cut(always_replay=True)
+                counts = parameter_counts(self.model, before)
+                cut.undo()
+        finally:
+            suspended.restore()
+        self._cutter, self._plan = cutter, cut.plan
+        self._keep(cut, flat, counts, None, planned=True)
+
+    def _shrink(self, masks: Masks) -> None:
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, self.model)
+        flat, before = self._by_leaf(masks), self._shapes()
+        cutter = self._cutter
+        if cutter is None:
+            cutter = Cutter(self.model, self.dummy_input, flat, self.options)
+        else:
+            cutter.renew(flat)
+        verifier = Verifier(self.model, self.dummy_input, flat) if self.verify else None
+        cut = cutter.cut(always_replay=False)
+        try:
+            if self._plan is not None and not same_plan(self._plan, cut.plan):
+                raise SpeedupError(
+                    "the model or its masks have changed since the plan was made, and the plan is "
+                    "another now; make a new ModelSpeedup"
+                )
             error = None
             if verifier is not None:
                 error, problem = verifier.compare()
                 if problem and not cut.replayed:
                     # Something in the code counts, though nothing showed it: look at every call.
                     cut.undo()
-                    cut = self._cut(graph, knowledge, True)
+                    cut = cutter.cut(always_replay=True)
                     error, problem = verifier.compare()
-                if problem and (self.constants == "exact" or error == float("inf")):
+                exact = self.options.exact and self.options.constants == "exact"
+                if problem and (exact or error == float("inf")):
                     cut.undo, error = verifier.accept_or_raise(cut.undo, cut.plan, error, problem)
             counts = parameter_counts(self.model, before)
             if self.optimizer is not None:
                 slice_optimizer(self.optimizer, self.model, cut.plan, before)
-            self._make_report = partial(make_report, cut.decision, cut.plan, flat, counts, error)
-            self._plan, self._given = cut.plan, masks
+            self._keep(cut, flat, counts, error, planned=False)
+            self._plan, self._given, self._done = cut.plan, masks, True
+            self._cutter = None
         except BaseException:
             cut.undo()
             raise
+
+    def _keep(
+        self,
+        cut: Cut,
+        flat: Mapping[str, torch.Tensor],
+        counts: tuple[int, int],
+        error: float | None,
+        planned: bool,
+    ) -> None:
+        """Keep what the report and later questions need."""
+        decision, plan = cut.decision, cut.plan
+        decision.knowledge.forget()
+        self._report = None
+        self._make_report = partial(make_report, decision, plan, flat, counts, error, planned)
+        self._explain = partial(explain_decision, decision, flat)
+
+    def _all_masks(self, applied: Masks) -> Masks:
+        """What the model has on it (a copy, and nobody else's) and what was given, together."""
+        if not applied:
+            return self._given
+        applied &= self._given
+        return applied
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {path: tuple(t.shape) for path, t, _ in leaves_of(self.model)}
 
     def _by_leaf(self, masks: Masks) -> dict[str, torch.Tensor]:
         """Masks by the first path of their parameter: a tied one has several names."""
@@ -175,43 +240,10 @@ class ModelSpeedup:
         result: dict[str, torch.Tensor] = {}
         for name, mask in masks.flat().items():
             path = first[id(every[name])]
-            mask = mask.to(every[name].device)
+            if not every[name].is_meta:  # on meta the mask would lose its values
+                mask = mask.to(every[name].device)
             result[path] = mask & result[path] if path in result else mask
         return result
-
-    def _cut(self, graph: ChannelGraph, knowledge: Knowledge, always_replay: bool) -> _Cut:
-        """Decide, plan and cut; where the model's own code cannot follow, pin and begin again."""
-        follower = Follower(graph)
-        tries = 0
-        while True:
-            tries += 1
-            if tries == MOST_TRIES:
-                graph.pin_everything(f"does not follow its sizes in {MOST_TRIES} tries")
-            decision = Decision(knowledge, self.limits)
-            builder = PlanBuilder(decision)
-            if builder.unset:
-                follower.pin_unset(builder.unset)
-                continue
-            attributes = follower.attributes(decision)
-            builder.add_attributes(attributes)
-            undo = apply_plan(self.model, builder.plan, knowledge.masks)
-            try:
-                # A cut of nothing has nothing to follow (and some forwards differ at every run).
-                replays = bool(builder.plan.slices) and (
-                    always_replay or bool(attributes) or needs_replay(decision)
-                )
-                mismatch = (
-                    replay(self.model, self.dummy_input, decision, builder.plan)
-                    if replays
-                    else None
-                )
-            except BaseException:
-                undo()
-                raise
-            if mismatch is None:
-                return _Cut(undo, decision, builder.plan, replays)
-            undo()
-            follower.answer(decision, mismatch)
 
 
 @contextmanager
@@ -249,11 +281,8 @@ def _check_arguments(model: Any, constants: str, round_to: int, min_channels: in
                 "wrap the small one again"
             )
     for path, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter) or parameter.is_meta:
-            raise SpeedupError(
-                f"{path}: the parameter has no values yet (lazy, or on the meta device); run the "
-                "model once, or load it to a device, and try again"
-            )
+        if isinstance(parameter, UninitializedParameter):
+            raise SpeedupError(f"{path}: the parameter is lazy; run the model once, and try again")
     if constants not in ("exact", "fold", "drop"):
         raise SpeedupError(f'constants is {constants!r}; pass "exact", "fold" or "drop"')
     for name, value in (("round_to", round_to), ("min_channels", min_channels)):
@@ -261,10 +290,13 @@ def _check_arguments(model: Any, constants: str, round_to: int, min_channels: in
             raise SpeedupError(f"{name} is {value!r}; pass a whole number from 1")
 
 
-def _done(value: T | None, name: str) -> T:
-    if value is None:
-        raise SpeedupError(f"{name}: nothing yet; call speedup_model() first")
-    return value
+def _check_values(model: nn.Module) -> None:
+    for path, tensor, _ in leaves_of(model):
+        if tensor.is_meta:
+            raise SpeedupError(
+                f"{path}: it has no values yet (meta device); plan and report tell what would go; "
+                "to shrink the model load it to a device first, and make a new ModelSpeedup"
+            )
 
 
 def _remaining(masks: Masks, plan: Plan, model: nn.Module) -> Masks:

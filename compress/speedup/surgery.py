@@ -22,6 +22,8 @@ def new_tensor(
 ) -> torch.Tensor:
     """What becomes of one parameter or buffer: masked, its constants moved, sliced."""
     cut = plan.slices.get(path) or Slice((None,) * tensor.dim())
+    if tensor.is_meta:  # a plan that is only looked at
+        return cut(tensor)
     mask = masks.get(path)
     result = cut(tensor)
     if mask is not None:
@@ -174,19 +176,3 @@ def _replace_module(model: nn.Module, replacement: Replacement) -> Callable[[], 
                 vars(module)[name] = before[name]
 
     return undo
-
-
-def slice_optimizer(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    plan: Plan,
-    before: Mapping[str, tuple[int, ...]],
-) -> None:
-    """Shrink an optimizer's state along with its parameters, which had the shapes ``before``."""
-    for path, parameter in model.named_parameters():
-        cut, state = plan.slices.get(path), optimizer.state.get(parameter)
-        if cut is None or not state or path not in before:
-            continue
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and tuple(value.shape) == before[path]:
-                state[name] = cut(value)

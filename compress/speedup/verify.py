@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,21 +38,31 @@ def outputs_of(model: nn.Module, dummy_input: Any) -> list[torch.Tensor]:
 
 def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:
     """max |expected - got| / max |expected|; inf where shapes, or NaNs and infinities, differ."""
+    difference, scale = _difference(expected, got)
+    return difference / scale if scale > 0 else difference
+
+
+def absolute_error(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """max |expected - got|; inf where shapes, or NaNs and infinities, differ."""
+    return _difference(expected, got)[0]
+
+
+def _difference(expected: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
+    """The largest difference, and the largest finite value that was expected."""
     if expected.shape != got.shape:
-        return float("inf")
+        return float("inf"), 0.0
     if expected.numel() == 0:
-        return 0.0
+        return 0.0, 0.0
     if not (expected.is_floating_point() or expected.is_complex()):
-        return 0.0 if torch.equal(expected, got) else float("inf")
+        return (0.0 if torch.equal(expected, got) else float("inf")), 0.0
     wide = torch.complex128 if expected.is_complex() else torch.float64
     expected, got = expected.to(wide), got.to(wide)
     finite = torch.isfinite(expected)
     same = torch.where(finite, got, expected)
     if not torch.equal(finite, torch.isfinite(got)):
-        return float("inf")
+        return float("inf"), 0.0
     scale = float(torch.where(finite, expected, 0).abs().max())
-    difference = float(torch.where(finite, (expected - same), 0).abs().max())
-    return difference / scale if scale > 0 else difference
+    return float(torch.where(finite, (expected - same), 0).abs().max()), scale
 
 
 def largest_error(expected: list[torch.Tensor], got: list[torch.Tensor]) -> float:
@@ -105,10 +116,12 @@ class Verifier:
         made again for it; returns how to undo it now, and the relative error in float64.
         """
         undo()
-        exact = None if off == float("inf") else self._in_float64(self.masks)
+        exact = None
+        if off != float("inf"):
+            exact = outputs_in_float64(self.model, self.dummy_input, self.masks)
         undo = apply_plan(self.model, plan, self.masks)
         if exact is not None:
-            small = self._in_float64({})
+            small = outputs_in_float64(self.model, self.dummy_input)
             exactly = float("inf") if small is None else largest_error(exact, small)
             if exactly <= 1e-6:
                 return undo, exactly
@@ -119,14 +132,17 @@ class Verifier:
             "check."
         )
 
-    def _in_float64(self, masks: Mapping[str, torch.Tensor]) -> list[torch.Tensor] | None:
-        """The outputs of a float64 copy; None where the model does not run in float64."""
-        try:
-            copy = deepcopy(self.model).double()
-            apply_plan(copy, Plan(), masks)
-            return outputs_of(copy, tree_map_only(torch.Tensor, _double, self.dummy_input))
-        except Exception:
-            return None
+
+def outputs_in_float64(
+    model: nn.Module, dummy_input: Any, masks: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> list[torch.Tensor] | None:
+    """The outputs of a float64 copy under masks; None where the model does not run in float64."""
+    try:
+        copy = deepcopy(model).double()
+        apply_plan(copy, Plan(), masks)
+        return outputs_of(copy, tree_map_only(torch.Tensor, _double, dummy_input))
+    except Exception:
+        return None
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
