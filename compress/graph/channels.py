@@ -7,6 +7,7 @@ which parameters must go together, and which cannot go at all.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from torch import fx, nn
 
 from compress.graph.labels import Axes, Axis, LabelSpace
-from compress.graph.run import record
+from compress.graph.run import Masked, record
 from compress.graph.trace import Trace
 from compress.rules.registry import OPAQUE, Call, Rule, no_axes, rule_for
 
@@ -54,12 +55,13 @@ class ChannelGraph:
 
     ``trace`` is the recorded run (an fx graph, or ``graph.networkx()``), ``axes`` maps a node to
     its label vectors, ``root`` maps a label to the smallest label of its class: positions with the
-    same root are removed together, and root 0 never is.
+    same root are removed together, and root 0 never is. A model that looks at its data runs within
+    ``masked()``, where its parameters have the values that count.
     """
 
-    def __init__(self, model: nn.Module, dummy_input: Any) -> None:
+    def __init__(self, model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> None:
         self.model = model
-        self.trace: Trace = record(model, dummy_input)
+        self.trace: Trace = record(model, dummy_input, masked)
         self.space = LabelSpace()
         self.axes: dict[fx.Node, Any] = {}
         self.steps: list[Step] = []

@@ -24,7 +24,7 @@ from compress.speedup.knowledge import Knowledge
 from compress.speedup.plan import Plan, PlanBuilder
 from compress.speedup.replay import needs_replay, replay
 from compress.speedup.report import Report, make_report, parameter_counts
-from compress.speedup.surgery import apply_plan, slice_optimizer
+from compress.speedup.surgery import apply_plan, masked, slice_optimizer
 from compress.speedup.verify import Verifier
 
 T = TypeVar("T")
@@ -140,10 +140,12 @@ class ModelSpeedup:
     # -- the road --------------------------------------------------------------------------
 
     def _shrink(self, masks: Masks) -> None:
-        graph = ChannelGraph(self.model, self.dummy_input)
         flat = self._by_leaf(masks)
+        graph = ChannelGraph(self.model, self.dummy_input, partial(masked, self.model, flat))
         before = {path: tuple(t.shape) for path, t, _ in leaves_of(self.model)}
-        verifier = Verifier(self.model, self.dummy_input, flat) if self.verify else None
+        exact, verifier = self.constants == "exact", None
+        if self.verify:
+            verifier = Verifier(self.model, self.dummy_input, flat, exact)
         knowledge = Knowledge(graph, flat, self.constants)
         cut = self._cut(graph, knowledge, False)
         try:
@@ -155,8 +157,8 @@ class ModelSpeedup:
                     cut.undo()
                     cut = self._cut(graph, knowledge, True)
                     error, problem = verifier.compare()
-                if problem and (self.constants == "exact" or error == float("inf")):
-                    cut.undo, error = verifier.accept_or_raise(cut.undo, cut.plan, error, problem)
+                if problem and (exact or error == float("inf")):
+                    cut.undo, error = verifier.accept_or_raise(cut.undo, cut.plan, problem)
             counts = parameter_counts(self.model, before)
             if self.optimizer is not None:
                 slice_optimizer(self.optimizer, self.model, cut.plan, before)

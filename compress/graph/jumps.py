@@ -1,0 +1,152 @@
+"""The jumps of a run: results that rounding can flip, and how a second run takes them over.
+
+A comparison, a rank, a rounded number or the boxes that non-maximum suppression leaves may change
+where their input changes in its last bit, and all that comes after with them: other boxes, another
+number of them, another path through the code. Of two runs that agree up to rounding, the second is
+given the jumps of the first, so that everything between them can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from compress.graph.trace import METADATA, SIZES, function_name, tensors_in
+
+# Of float tensors they make float tensors, with jumps all the same.
+_STEPS = frozenset("floor ceil round trunc frac sign sgn heaviside floor_divide remainder".split())
+_ROUNDING = {
+    torch.float64: 1e-8,
+    torch.complex128: 1e-8,
+    torch.float32: 1e-4,
+    torch.complex64: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """One call: its name, its floating point tensors, and all that it returned."""
+
+    name: str
+    inputs: list[torch.Tensor]
+    result: Any
+
+
+class Jumps(TorchFunctionMode):
+    """Keep the jumps of the run under this mode, in ``calls``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Jump] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        jump = _jump(func, args, kwargs or {}, result)
+        if jump is not None:
+            inputs = [t.detach().clone() for t in jump.inputs]
+            self.calls.append(Jump(jump.name, inputs, _copy(result)))
+        return result
+
+
+class Settled(TorchFunctionMode):
+    """Give a run the jumps of an earlier one, as long as their inputs agree.
+
+    A jump whose inputs differ by more than ``tolerance`` (relative to the largest entry; None:
+    what rounding explains), or have other sizes, is the run's own. ``error`` is the largest
+    difference that was settled.
+    """
+
+    def __init__(self, jumps: Iterable[Jump], tolerance: float | None = None) -> None:
+        super().__init__()
+        self.tolerance = tolerance
+        self.error = 0.0
+        self._ahead = iter(jumps)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        jump = _jump(func, args, kwargs or {}, result)
+        if jump is None:
+            return result
+        before = next(self._ahead, None)
+        if before is None or before.name != jump.name:  # another path: nothing to compare with
+            self._ahead = iter(())
+            return result
+        error, allowed = largest_error(before.inputs, jump.inputs), self.tolerance
+        if allowed is None:
+            allowed = max(map(rounding, before.inputs))
+        if error > allowed or error == float("inf"):
+            return result
+        self.error = max(self.error, error)
+        return _copy(before.result)
+
+
+def _jump(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> Jump | None:
+    """The call as a jump, if it makes anything but floating point tensors of such tensors."""
+    name = function_name(func)
+    if isinstance(result, torch.Tensor) and _is_float(result) and name not in _STEPS:
+        return None  # nearly all calls
+    leaves = tree_leaves(result)
+    if name in METADATA or name in SIZES or not all(map(_is_data, leaves)):
+        return None
+    if name not in _STEPS and all(isinstance(v, torch.Tensor) and _is_float(v) for v in leaves):
+        return None
+    inputs = [t for t in tensors_in((args, kwargs)) if _is_float(t)]
+    return Jump(name, inputs, result) if inputs else None
+
+
+def _is_float(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, bool, int, float, complex))
+
+
+def _copy(result: Any) -> Any:
+    """Later calls may write on it."""
+    return tree_map_only(torch.Tensor, lambda t: t.detach().clone(), result)
+
+
+# -- how far two runs are apart ------------------------------------------------------------
+
+
+def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """max |expected - got| / max |expected|; inf where shapes, or NaNs and infinities, differ."""
+    if expected.shape != got.shape:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    if not _is_float(expected):
+        return 0.0 if torch.equal(expected, got) else float("inf")
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    expected, got = expected.to(wide), got.to(wide)
+    finite = torch.isfinite(expected)
+    same = torch.where(finite, got, expected)
+    if not torch.equal(finite, torch.isfinite(got)):
+        return float("inf")
+    scale = float(torch.where(finite, expected, 0).abs().max())
+    difference = float(torch.where(finite, (expected - same), 0).abs().max())
+    return difference / scale if scale > 0 else difference
+
+
+def largest_error(expected: list[torch.Tensor], got: list[torch.Tensor]) -> float:
+    """The largest relative error over all tensors."""
+    if len(expected) != len(got):
+        return float("inf")
+    return max(map(relative_error, expected, got), default=0.0)
+
+
+def rounding(tensor: torch.Tensor) -> float:
+    """The largest relative error that rounding explains."""
+    return _ROUNDING.get(tensor.dtype, 0.0)
