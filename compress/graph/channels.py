@@ -70,6 +70,7 @@ class ChannelGraph:
         for output in self.trace.outputs:
             for axes in _each(self.axes[output]):
                 self.space.pin_all(axes, output, "is an output of the model")
+        self.space.pin_unattached()
         for path, crossing in self.space.fields.items():
             weight = self.trace.leaves[path]
             if len(weight.users) != self.space.field_uses[path]:  # something else reads it, too

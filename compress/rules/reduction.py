@@ -5,15 +5,16 @@ Over places they keep the channels. Over a labelled axis they would mix what may
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from compress.graph.labels import Axes, Axis, LabelSpace
-from compress.graph.shapes import normal_axis
+from compress.graph.shapes import normal_axis, per_position
 from compress.rules.elementwise import tied_axes
-from compress.rules.registry import Call, Rule, Value, rule, shape_of
+from compress.rules.registry import Call, Read, Rule, Value, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -61,11 +62,45 @@ class Pooling(Rule):
         return divisor is not None or (padded and bool(call.arg(5, "count_include_pad", True)))
 
 
+@rule("roi_align", "roi_pool", "grid_sample", "grid_sampler")
+class Sampling(Rule):
+    """Places of a picture (N, C, H, W) that another tensor names, channel by channel.
+
+    ``roi_align``: boxes (K, 5) or a list of them, to (K, C, h, w); ``grid_sample``: places
+    (N, h, w, 2), to (N, C, h, w). Outside of the picture there may be zeros.
+    """
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
+        given = axes(call.first)
+        for i, axis in enumerate(given):
+            if i != 1:
+                space.pin(axis, call.node, f"is a place that {call.name} looks up")
+        for node in call.inputs[1:]:
+            space.pin_all(axes(node), call.node, f"says where {call.name} looks")
+        if call.shape and not isinstance(call.shape[0], int):  # with indices: places, per channel
+            return tuple((None, given[1], *[None] * (len(s) - 2)) for s in call.shape)
+        return (None, given[1], *[None] * (len(call.shape) - 2))
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value = known.value(call.first)
+        if value is None or any(s > 1 for i, s in enumerate(value.shape) if i != 1):
+            return None
+        if call.shape and not isinstance(call.shape[0], int):
+            return None
+        return torch.where(value == 0, value, torch.nan)
+
+
+_PASS_ZEROS = frozenset(["sum", "norm", "normalize"])
+
+
 @rule("mean", "sum", "amax", "amin", "max", "min", "std", "var", "prod", "logsumexp", "any", "all",
       "norm", "argmax", "argmin", "median", "cumsum", "cumprod", "softmax", "log_softmax",
       "softmin", "normalize", "sort", "topk", "argsort", "std_mean", "var_mean")  # fmt: skip
 class Reduction(Rule):
-    """The axes that are summed up stay; the others pass."""
+    """The axes that are worked over stay; the others pass.
+
+    Sums and norms do not feel zeros: there a position that is known to be 0 may go.
+    """
 
     def dims(self, call: Call) -> tuple[int, ...]:
         ndim = len(shape_of(call.first))
@@ -82,12 +117,33 @@ class Reduction(Rule):
         if len(call.inputs) > 1:  # max(a, b)
             return tied_axes(call.inputs, axes, call, space)
         given, dims = list(axes(call.first)), self.dims(call)
-        for dim in dims:
-            space.pin(given[dim], call.node, f"is what {call.name} works over")
-            given[dim] = None
+        if not self.passes_zeros(call):
+            for dim in dims:
+                space.pin(given[dim], call.node, f"is what {call.name} works over")
+                given[dim] = None
+        elif call.name != "normalize":
+            for dim in dims:
+                given[dim] = None
         if call.shape and not isinstance(call.shape[0], int):
             return tuple(self._drop(given, dims, len(s)) for s in call.shape)
         return self._drop(given, dims, len(call.shape))
+
+    def passes_zeros(self, call: Call) -> bool:
+        """Whether a 0 less among what is worked over makes no difference."""
+        power = 2 if call.name == "sum" else call.arg(1, "p", 2)
+        power = 2 if power in ("fro", None) else power
+        return call.name in _PASS_ZEROS and isinstance(power, (int, float)) and power > 0
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        if not self.passes_zeros(call):
+            return
+        value = known.value(call.first)
+        for dim in self.dims(call):
+            labels = known.axis(call.first, dim)
+            if labels is not None:
+                constants = None if value is None else per_position(value, dim, len(labels))
+                zero = np.zeros(len(labels), bool) if constants is None else constants.numpy() == 0
+                yield Read(labels, ~zero)
 
     def _drop(self, given: list[Axis], dims: tuple[int, ...], ndim: int) -> Axes:
         if ndim == len(given):
@@ -96,6 +152,8 @@ class Reduction(Rule):
 
     def value(self, call: Call, known: Knowledge) -> Value:
         value = known.value(call.first)
+        if call.name == "normalize":
+            return None if value is None else torch.where(value == 0, value, torch.nan)
         if value is None or call.name not in ("mean", "sum", "amax", "amin"):
             return None
         dims = self.dims(call)
