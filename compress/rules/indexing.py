@@ -140,11 +140,15 @@ class GetItem(Rule):
         value, taken = known.value(call.first), picked(call)
         if value is None or taken is None:
             return None
-        if all(value.shape[axis] == 1 for axis in taken.fixed):
+        items = _items(call.arg(1, "index"), value.dim()) or []
+        if any(isinstance(item, (fx.Node, list)) for item in items):
+            if not value.is_floating_point():
+                return None
+            if taken.fixed:  # known where all positions are the same
+                low, value = (f(value, tuple(taken.fixed), True) for f in (torch.amin, torch.amax))
+                value = torch.where(low == value, value, torch.nan)
             return value.reshape([1 if a is None else value.shape[a] for a in taken.axes])
-        items, axis = _items(call.arg(1, "index"), value.dim()) or [], 0
-        if not all(item is None or isinstance(item, (int, slice)) for item in items):
-            return None
+        axis = 0
         for at, item in enumerate(items):
             if item is not None:
                 if value.shape[axis] == 1:

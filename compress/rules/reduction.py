@@ -81,7 +81,7 @@ class Sampling(Rule):
             return tuple((None, given[1], *[None] * (len(s) - 2)) for s in call.shape)
         return (None, given[1], *[None] * (len(call.shape) - 2))
 
-    def value(self, call: Call, known: Knowledge) -> Value:
+    def value(self, call: Call, known: Knowledge) -> Any:
         value = known.value(call.first)
         if value is None or any(s > 1 for i, s in enumerate(value.shape) if i != 1):
             return None
