@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.graph.labels import Axes, LabelSpace
-from compress.rules.registry import Call, Rule, Value, rule
+from compress.rules.registry import Call, Rule, Value, no_axes, rule
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -53,3 +53,14 @@ class Like(Rule):
         if call.name not in constants:
             return None
         return torch.full((1,) * len(call.shape), constants[call.name], dtype=torch.float64)
+
+
+@rule("new_tensor")
+class NewTensor(Rule):
+    """``x.new_tensor(data)``: of x it takes the dtype and the device."""
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        for node in call.inputs:
+            if node is not call.first:
+                space.pin_all(axes(node), call.node, "is copied by new_tensor")
+        return no_axes(call.shape)  # type: ignore[no-any-return]

@@ -85,9 +85,9 @@ class Sampling(Rule):
         value = known.value(call.first)
         if value is None or any(s > 1 for i, s in enumerate(value.shape) if i != 1):
             return None
-        if call.shape and not isinstance(call.shape[0], int):
-            return None
-        return torch.where(value == 0, value, torch.nan)
+        value = torch.where(value == 0, value, torch.nan)
+        several = call.shape and not isinstance(call.shape[0], int)
+        return (value, *[None] * (len(call.shape) - 1)) if several else value
 
 
 _PASS_ZEROS = frozenset(["sum", "norm", "normalize"])
