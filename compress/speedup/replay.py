@@ -6,7 +6,7 @@ literals in the source (the channels they count must stay). The re-run tells whi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -25,11 +25,15 @@ NEARLY = 1e-3
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first call (the ``index``-th) at which the re-run leaves the plan, and how."""
+    """The first call (the ``index``-th) at which the re-run leaves the plan, and how.
+
+    ``numbers``: the numbers among its arguments that are others now, by what they were.
+    """
 
     node: fx.Node
     index: int
     got: str
+    numbers: dict[float, float] = field(default_factory=dict)
 
 
 def expected_shape(decision: Decision, node: fx.Node) -> Any:
@@ -75,7 +79,7 @@ def replay(model: nn.Module, dummy_input: Any, decision: Decision) -> Mismatch |
     for index, (before, after) in enumerate(zip(calls, again, strict=False)):
         got = _difference(decision, before, after)
         if got:
-            return Mismatch(before, index, got)
+            return Mismatch(before, index, got, _changed_numbers(before, after))
     if (error and not graph.trace.partial) or len(again) != len(calls):
         index = min(len(again), len(calls) - 1)
         return Mismatch(calls[index], index, error or "it takes another path")
@@ -91,9 +95,14 @@ def _difference(decision: Decision, before: fx.Node, after: fx.Node) -> str:
     call, rule = Call(before), rule_for(before.meta["name"])
     if rule.sized(call) or rule.makes(call) is not None:
         return ""  # its numbers are sizes and groups, which the shapes tell
-    if _numbers(before) != _numbers(after):
+    if _changed_numbers(before, after) or len(_numbers(before)) != len(_numbers(after)):
         return f"{before.meta['name']} computes with another number"
     return ""
+
+
+def _changed_numbers(before: fx.Node, after: fx.Node) -> dict[float, float]:
+    pairs = zip(_numbers(before), _numbers(after), strict=False)
+    return {old: new for old, new in pairs if old != new}
 
 
 def _numbers(node: fx.Node) -> list[float]:
