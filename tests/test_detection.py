@@ -125,3 +125,18 @@ def test_a_detector_shrinks_and_finds_the_same_boxes(build: Callable[[], nn.Modu
             expected = outputs(reference, batch)
             assert min(len(t) for t in expected) > 0
             assert_same_outputs(expected, outputs(model, batch), 1e-5)
+
+
+def test_a_picture_in_which_nothing_is_found_will_do() -> None:
+    torch.manual_seed(0)
+    model = mask_rcnn().eval()
+    randomise(model)
+    masks = pruned(model)
+    reference = masked_copy(model, masks).eval()
+    model.roi_heads.score_thresh = 1.1  # type: ignore[union-attr, assignment]
+    ModelSpeedup(model, (pictures(1),), masks).speedup_model()
+    model.roi_heads.score_thresh = 0.0  # type: ignore[union-attr, assignment]
+    assert model.roi_heads.mask_head[0][0].out_channels == 5  # type: ignore[index, union-attr]
+    with torch.no_grad():
+        expected = outputs(reference, pictures(2))
+        assert_same_outputs(expected, outputs(model, pictures(2)), 1e-5)

@@ -9,7 +9,7 @@ given the jumps of the first, so that everything between them can be compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,10 +32,11 @@ _ROUNDING = {
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """One call: its name, its floating point tensors, and all that it returned."""
+    """One call: its name, the tensors and numbers that it was given, and all that it returned."""
 
     name: str
     inputs: list[torch.Tensor]
+    numbers: list[float]
     result: Any
 
 
@@ -52,8 +53,7 @@ class Jumps(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         jump = _jump(func, args, kwargs or {}, result)
         if jump is not None:
-            inputs = [t.detach().clone() for t in jump.inputs]
-            self.calls.append(Jump(jump.name, inputs, _copy(result)))
+            self.calls.append(replace(jump, inputs=_own(jump.inputs), result=_own(result)))
         return result
 
 
@@ -61,8 +61,8 @@ class Settled(TorchFunctionMode):
     """Give a run the jumps of an earlier one, as long as their inputs agree.
 
     A jump whose inputs differ by more than ``tolerance`` (relative to the largest entry; None:
-    what rounding explains), or have other sizes, is the run's own. ``error`` is the largest
-    difference that was settled.
+    what rounding explains), or have other sizes, or come with other numbers, is the run's own.
+    ``error`` is the largest difference that was settled.
     """
 
     def __init__(self, jumps: Iterable[Jump], tolerance: float | None = None) -> None:
@@ -85,10 +85,10 @@ class Settled(TorchFunctionMode):
         error, allowed = largest_error(before.inputs, jump.inputs), self.tolerance
         if allowed is None:
             allowed = max(map(rounding, before.inputs))
-        if error > allowed or error == float("inf"):
+        if error > allowed or error == float("inf") or before.numbers != jump.numbers:
             return result
         self.error = max(self.error, error)
-        return _copy(before.result)
+        return _own(before.result)
 
 
 def _jump(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> Jump | None:
@@ -101,8 +101,11 @@ def _jump(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: A
         return None
     if name not in _STEPS and all(isinstance(v, torch.Tensor) and _is_float(v) for v in leaves):
         return None
-    inputs = [t for t in tensors_in((args, kwargs)) if _is_float(t)]
-    return Jump(name, inputs, result) if inputs else None
+    inputs = list(tensors_in((args, kwargs)))
+    if not any(map(_is_float, inputs)):
+        return None
+    numbers = [v for v in tree_leaves((args, kwargs)) if isinstance(v, (int, float))]
+    return Jump(name, inputs, numbers, result)
 
 
 def _is_float(tensor: torch.Tensor) -> bool:
@@ -113,9 +116,9 @@ def _is_data(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, bool, int, float, complex))
 
 
-def _copy(result: Any) -> Any:
-    """Later calls may write on it."""
-    return tree_map_only(torch.Tensor, lambda t: t.detach().clone(), result)
+def _own(value: Any) -> Any:
+    """A copy of all tensors: later calls may write on them."""
+    return tree_map_only(torch.Tensor, lambda t: t.detach().clone(), value)
 
 
 # -- how far two runs are apart ------------------------------------------------------------

@@ -18,10 +18,6 @@ from compress.graph.trace import Recorder
 from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
 
-# Two runs that are as near take the same path, but for rounding (which may have grown); a number
-# that counts channels is farther off once some of them are gone.
-NEARLY = 1e-3
-
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -67,8 +63,8 @@ def needs_replay(decision: Decision) -> bool:
 def replay(model: nn.Module, dummy_input: Any, decision: Decision) -> Mismatch | None:
     """Record the shrunk model and hold it against the plan, call by call."""
     graph = decision.graph
-    nearly = NEARLY if decision.knowledge.constants == "exact" else float("inf")
-    jumps = Settled(graph.trace.jumps, nearly) if graph.trace.jumps else None
+    exact = decision.knowledge.constants == "exact"
+    jumps = Settled(graph.trace.jumps, None if exact else float("inf"))
     recorder, error = Recorder(jumps), ""
     try:
         run_recorded(model, dummy_input, graph.trace.on_meta, graph.trace.training, recorder)

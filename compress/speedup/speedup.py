@@ -164,6 +164,7 @@ class ModelSpeedup:
                 slice_optimizer(self.optimizer, self.model, cut.plan, before)
             self._make_report = partial(make_report, cut.decision, cut.plan, flat, counts, error)
             self._plan, self._masks_before = cut.plan, masks
+            graph.trace.jumps.clear()  # the report, which keeps the graph, asks for none
         except BaseException:
             cut.undo()
             raise
