@@ -103,6 +103,8 @@ class LabelSpace:
 
     def pin_unattached(self) -> None:
         """Pin created labels that no label of another kind is tied to: no layer counts them."""
+        if not self._created:
+            return
         root = self.roots()
         attached = np.ones(self.size, bool)
         for labels, _ in self._created:
