@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import random
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -552,9 +553,13 @@ def test_buffer_with_an_entry_for_each_channel() -> None:
     assert model.shift.shape == (1, 3, 1, 1)
 
 
-def test_a_norm_without_parameters_knows_its_new_size() -> None:
+@pytest.mark.parametrize("warned", ["error", "ignore"])
+def test_a_norm_without_parameters_knows_its_new_size(warned: str) -> None:
     model = plain(nn.Conv2d(3, 6, 1), nn.InstanceNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1))
-    ModelSpeedup(model, pictures(), {"0": filters(model[0], 0, 1)}, verify=False).speedup_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter(warned)  # type: ignore[arg-type]
+        speedup = ModelSpeedup(model, pictures(), {"0": filters(model[0], 0, 1)}, verify=False)
+        speedup.speedup_model()
     assert model[0].out_channels == 4
     assert model[1].num_features == 4
 
@@ -645,6 +650,47 @@ def test_sizes_that_the_code_can_follow(by: str) -> None:
     check_exact(model, pictures(), {"conv": filters(model.conv, 0, 1)})
     assert model.conv.out_channels == (4 if by == "attribute" else 6)
     assert model.channels == (4 if by == "attribute" else 6)
+
+
+def test_a_size_that_a_part_of_the_module_holds_is_set_there() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width, self.head = 4, nn.Conv2d(4, 2, 1)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.part, self.rest = nn.Conv2d(3, 10, 1), Part(), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            left, right = y.split([self.part.width, y.shape[1] - self.part.width], 1)
+            return self.part.head(left) + self.rest(right)
+
+    model = made(Whole())
+    check_exact(model, pictures(), {"conv": filters(model.conv, 1, 5, 6)})
+    assert (model.conv.out_channels, model.part.width, model.rest.in_channels) == (7, 3, 4)
+
+
+def test_a_size_that_is_computed_with_keeps_its_own_tensor_only() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = (
+                nn.Conv2d(3, 6, 1), nn.Conv2d(3, 5, 1), nn.Conv2d(11, 2, 1)
+            )  # fmt: skip
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, z = self.one(x), self.two(x)
+            scale = torch.tensor(y.shape[1]).sqrt()
+            assert z.shape[1] > 0
+            return self.head(torch.cat([y / scale, z], 1))
+
+    model = made(Scaled())
+    masks = {"one": filters(model.one, 0, 1), "two": filters(model.two, 2)}
+    check_exact(model, pictures(), masks)
+    assert (model.one.out_channels, model.two.out_channels) == (6, 4)
 
 
 def test_an_attribute_that_also_counts_in_arithmetic_stays() -> None:

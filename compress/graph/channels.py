@@ -7,6 +7,7 @@ which parameters must go together, and which cannot go at all.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,7 +26,7 @@ from compress.graph.explain import (
     pin_clause,
 )
 from compress.graph.labels import Axis, LabelSpace, each_output
-from compress.graph.run import record
+from compress.graph.run import Masked, record
 from compress.graph.trace import Trace
 from compress.rules.registry import OPAQUE, Call, Rule, Units, no_axes, rule_for
 
@@ -56,12 +57,19 @@ class ChannelGraph:
     ``trace`` is the recorded run (an fx graph, or ``graph.networkx()``), ``axes`` maps a node to
     its label vectors, ``root`` maps a label to the smallest label of its class: positions with the
     same root are removed together, and root 0 never is. With ``exact=False`` channels that
-    statistics are taken over may go, which changes these.
+    statistics are taken over may go, which changes these. A model that looks at its data runs
+    within ``masked()``, where its parameters have the values that count.
     """
 
-    def __init__(self, model: nn.Module, dummy_input: Any, exact: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dummy_input: Any,
+        exact: bool = True,
+        masked: Masked = nullcontext,
+    ) -> None:
         self.model = model
-        self.trace: Trace = record(model, dummy_input)
+        self.trace: Trace = record(model, dummy_input, masked)
         self.space = LabelSpace(exact=exact)
         self.axes: dict[fx.Node, Any] = {}
         self.steps: list[Step] = []
@@ -70,6 +78,7 @@ class ChannelGraph:
         for output in self.trace.outputs:
             for axes in each_output(self.axes[output]):
                 self.space.pin_all(axes, output, "is an output of the model")
+        self.space.pin_unattached()
         for path, crossing in self.space.fields.items():
             weight = self.trace.leaves[path]
             if len(weight.users) != self.space.field_uses[path]:  # something else reads it, too

@@ -96,12 +96,32 @@ class LabelSpace:
     equal_parts: list[EqualParts] = field(default_factory=list)
     fields: dict[str, Field] = field(default_factory=dict)
     field_uses: dict[str, int] = field(default_factory=dict)
+    _created: list[tuple[Labels, fx.Node]] = field(default_factory=list)
     _splits: dict[tuple[bytes, int], tuple[Labels, Labels]] = field(default_factory=dict)
     _cells: dict[tuple[bytes, bytes], np.ndarray] = field(default_factory=dict)
 
     def fresh(self, count: int) -> Labels:
         self.size += count
         return np.arange(self.size - count, self.size)
+
+    def created(self, count: int, node: fx.Node) -> Labels:
+        """Labels for an axis whose size the code gives: they may go along with others only."""
+        labels = self.fresh(count)
+        self._created.append((labels, node))
+        return labels
+
+    def pin_unattached(self) -> None:
+        """Pin created labels that no label of another kind is tied to: no layer counts them."""
+        if not self._created:
+            return
+        root = self.roots()
+        attached = np.ones(self.size, bool)
+        for labels, _ in self._created:
+            attached[labels] = False
+        attached[root[np.flatnonzero(attached)]] = True
+        for labels, node in self._created:
+            if not attached[root[labels]].any():
+                self.pin(labels, node, "is made with a size that no layer has")
 
     def pin(self, axis: Axis, node: fx.Node, reason: str, meets: bool = False) -> None:
         """Nothing along this axis may be removed."""

@@ -18,11 +18,14 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from compress.errors import TraceError
+from compress.graph.jumps import Jumps
 from compress.graph.trace import Recorder, Trace, tensors_in
 
 # What torch keeps of a module: parameters, hooks and the like.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _REGISTRIES = frozenset(["_parameters", "_buffers", "_modules"])
+
+Masked = Callable[[], AbstractContextManager[Any]]
 
 
 def as_arguments(
@@ -177,7 +180,7 @@ def run_recorded(
                     with torch.device("meta"), recorder:
                         output = functional_call(model, stand_ins, args, kwargs)
                 else:
-                    with recorder:
+                    with recorder.jumps or nullcontext(), recorder:
                         output = model(*args, **kwargs)
                 recorder.finish(output)
 
@@ -198,14 +201,15 @@ def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                     yield f"{path}.{name}" if path else name, tensor
 
 
-def record(model: nn.Module, dummy_input: Any) -> Trace:
+def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> Trace:
     """Run the model once in eval mode and return what it did.
 
     Modules that eval mode does not reach (auxiliary heads) are recorded in a second run in train
-    mode. Mode, random state and parameters are as before. Errors: ``TraceError`` where the model
-    does not run on ``dummy_input``; the model's own error is its cause.
+    mode. Mode, random state and parameters are as before. A model that looks at its data runs
+    within ``masked()``, where the parameters have the values that count. Errors: ``TraceError``
+    where the model does not run on ``dummy_input``; the model's own error is its cause.
     """
-    recorder, on_meta = Recorder(), True
+    recorder = Recorder()
     try:
         run_recorded(model, dummy_input, True, False, recorder)
     except Exception as error:  # it looks at its data, or keeps tensors of its own: run for real
@@ -215,18 +219,23 @@ def record(model: nn.Module, dummy_input: Any) -> Trace:
                 f"run so: {type(error).__name__}: {error}. Does it look at its data? Load it to a "
                 "device first."
             ) from error
-        on_meta = False
-    if not on_meta:
-        recorder = Recorder()
-        try:
-            run_recorded(model, dummy_input, False, False, recorder)
-        except Exception as error:
-            raise does_not_run(model, dummy_input, error) from error
+        with masked():
+            recorder = Recorder(Jumps())
+            try:
+                run_recorded(model, dummy_input, False, False, recorder)
+            except Exception as caught:
+                raise does_not_run(model, dummy_input, caught) from caught
+            return _whole_trace(model, dummy_input, recorder, False)
+    return _whole_trace(model, dummy_input, recorder, True)
+
+
+def _whole_trace(model: nn.Module, dummy_input: Any, recorder: Recorder, on_meta: bool) -> Trace:
+    """The trace of a run, with a run in train mode added if that reaches more of the model."""
     training = not all(
         path in recorder.leaves for path, _, kind in leaves_of(model) if kind == "parameter"
     )
     if training:
-        both = Recorder()
+        both = Recorder(None if on_meta else Jumps())
         try:
             run_recorded(model, dummy_input, on_meta, True, both)
         except Exception:  # a head that is too deep for this input, say: what it got so far stays
@@ -243,6 +252,7 @@ def record(model: nn.Module, dummy_input: Any) -> Trace:
         training=training,
         partial=recorder.partial,
         complete=recorder.complete,
+        jumps=recorder.jumps.calls if isinstance(recorder.jumps, Jumps) else [],
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
@@ -23,6 +23,9 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from compress.graph.meta import quick_result
+
+if TYPE_CHECKING:
+    from compress.graph.jumps import Jump, Jumps, Settled
 
 # Reads of a tensor that never see its values: no data flows through them.
 METADATA = frozenset(
@@ -86,6 +89,7 @@ class Trace:
     ``size_reads`` lists the tensors whose sizes Python code looked at, with the module that did.
     ``training`` is true where the run in train mode was added, ``partial`` where that broke off.
     ``complete`` is false where tensors went through code that the mode cannot see.
+    ``jumps`` are the calls, in a run on real tensors, whose results rounding can flip.
     """
 
     graph: fx.Graph
@@ -97,6 +101,7 @@ class Trace:
     training: bool
     partial: bool
     complete: bool
+    jumps: list[Jump]
 
     def networkx(self) -> nx.DiGraph:
         """The same graph as a ``networkx.DiGraph`` from producer to consumer."""
@@ -108,10 +113,14 @@ class Trace:
 
 
 class Recorder(TorchFunctionMode):
-    """Turn the torch functions of a run into the nodes of an fx graph."""
+    """Turn the torch functions of a run into the nodes of an fx graph.
 
-    def __init__(self) -> None:
+    ``jumps`` is the mode that keeps the jumps of a run on real tensors, or settles them.
+    """
+
+    def __init__(self, jumps: Jumps | Settled | None = None) -> None:
         super().__init__()
+        self.jumps = jumps
         self.graph = fx.Graph()
         self.leaves: dict[str, fx.Node] = {}
         self.outputs: list[fx.Node] = []

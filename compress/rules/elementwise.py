@@ -15,7 +15,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from compress.graph.labels import Axes, Axis, LabelSpace
-from compress.rules.registry import OPAQUE, Call, Rule, Value, no_axes, rule, shape_of
+from compress.rules.registry import OPAQUE, Call, Rule, Value, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -234,31 +234,3 @@ class PReLU(Rule):
             return None
         slope = slope.reshape(1, -1, *[1] * (value.dim() - 2)) if value.dim() > 1 else slope
         return torch.where(value >= 0, value, slope * value)
-
-
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
-class Like(Rule):
-    """A new tensor with the sizes of another: it shrinks along with it."""
-
-    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
-        return axes(call.first)
-
-    def value(self, call: Call, known: Knowledge) -> Value:
-        constants = {"zeros_like": 0.0, "ones_like": 1.0}
-        if call.name not in constants:
-            return None
-        return torch.full((1,) * len(call.shape), constants[call.name], dtype=torch.float64)
-
-
-@rule("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
-class New(Rule):
-    """A tensor of given sizes, of another's type and device: nothing of that one is read."""
-
-    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Any:
-        return no_axes(call.shape)
-
-    def value(self, call: Call, known: Knowledge) -> Value:
-        constants = {"new_zeros": 0.0, "new_ones": 1.0}
-        if call.name not in constants or not call.node.meta["dtype"].is_floating_point:
-            return None
-        return torch.full((1,) * len(call.shape), constants[call.name], dtype=torch.float64)

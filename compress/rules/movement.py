@@ -215,67 +215,6 @@ class Unbind(Rule):
         return value.unbind(dim)
 
 
-@rule("getitem")
-class GetItem(Rule):
-    """Basic indexing. A bound in the middle of an axis is the user's number, so the axis stays."""
-
-    def plan(self, call: Call) -> list[tuple[str, Any]] | None:
-        """What happens to each input axis, and where new ones come; None for tensor indices."""
-        index = call.arg(1, "index")
-        items = list(index) if isinstance(index, tuple) else [index]
-        if any(isinstance(i, (fx.Node, list, bool)) for i in items):
-            return None
-        if any(isinstance(b, fx.Node) for i in items if isinstance(i, slice)
-               for b in (i.start, i.stop, i.step)):  # fmt: skip
-            return None
-        ndim = len(shape_of(call.first))
-        taken = sum(i is not None and i is not Ellipsis for i in items)
-        rest = [slice(None)] * (ndim - taken)
-        if Ellipsis in items:
-            at = items.index(Ellipsis)
-            items[at : at + 1] = rest
-        else:
-            items += rest
-        kinds = {type(None): "new", slice: "slice", int: "select"}
-        if not all(type(i) in kinds for i in items):
-            return None
-        return [(kinds[type(i)], i) for i in items]
-
-    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
-        given, steps = list(axes(call.first)), self.plan(call)
-        if steps is None:
-            for node in call.inputs:
-                space.pin_all(axes(node), call.node, "is indexed with a tensor")
-            return (None,) * len(call.shape)
-        result: list[Axis] = []
-        for kind, item in steps:
-            if kind == "new":
-                result.append(None)
-                continue
-            axis = given.pop(0)
-            if kind == "select":
-                space.pin(axis, call.node, f"is indexed with {item}")
-            elif axis is not None and item.indices(len(axis)) != (0, len(axis), 1):
-                space.pin(axis, call.node, "is sliced at a fixed position")
-                result.append(None)
-            else:
-                result.append(axis)
-        return tuple(result)
-
-    def value(self, call: Call, known: Knowledge) -> Value:
-        value, steps = known.value(call.first), self.plan(call)
-        if value is None or steps is None:
-            return None
-        items: list[Any] = []
-        axis = 0
-        for kind, item in steps:
-            if kind != "new":
-                constant, axis = value.shape[axis] == 1, axis + 1
-                item = item if not constant else 0 if kind == "select" else slice(None)
-            items.append(item)
-        return value[tuple(items)]
-
-
 @rule("expand", "expand_as", "broadcast_to")
 class Expand(Rule):
     """Repeats axes of size 1; the others pass."""
@@ -422,21 +361,3 @@ class Shuffle(Rule):
             return None
         moved = reshape_compact(value, shape_of(call.first), middle).permute(order)
         return reshape_compact(moved, tuple(middle[i] for i in order), call.shape)
-
-
-@rule("narrow", "select", "index_select", "gather", "take_along_dim")
-class Pick(Rule):
-    """Positions of one axis by number: that axis stays as it is."""
-
-    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
-        given = list(axes(call.first))
-        dim = normal_axis(call.arg(1, "dim"), len(given))
-        space.pin(given[dim], call.node, f"is picked from by {call.name}")
-        given[dim] = None
-        if call.name in ("gather", "take_along_dim"):
-            for node in call.inputs:
-                space.pin_all(axes(node), call.node, f"is picked from by {call.name}")
-            return (None,) * len(call.shape)
-        if call.name == "select":
-            del given[dim]
-        return tuple(given)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.shapes import along, per_position
@@ -86,6 +86,14 @@ class ChannelNorm(Rule):
             normal = torch.where(constant.isnan(), constant, 0.0)
         result = torch.where(weight == 0, bias, normal * weight + bias)
         return None if bool(result.isnan().all()) else along(result, 1, len(call.shape))
+
+    def rewrite(self, call: Call, plan: PlanBuilder) -> None:
+        """Without parameters a norm counts all the same: it warns of other sizes."""
+        axis = plan.knowledge.axis(call.node, 1)
+        module = plan.graph.model.get_submodule(call.module)
+        counts = isinstance(module, nn.modules.batchnorm._NormBase)
+        if axis is not None and counts and module.num_features == len(axis):
+            plan.set_number(call, "num_features", len(axis), int(plan.kept(axis).sum()))
 
 
 @rule("group_norm")

@@ -64,11 +64,39 @@ class Pooling(Rule):
         return divisor is not None or (padded and bool(call.arg(5, "count_include_pad", True)))
 
 
+@rule("roi_align", "roi_pool", "grid_sample", "grid_sampler")
+class Sampling(Rule):
+    """Places of a picture (N, C, H, W) that another tensor names, channel by channel.
+
+    ``roi_align``: boxes (K, 5) or a list of them, to (K, C, h, w); ``grid_sample``: places
+    (N, h, w, 2), to (N, C, h, w). Outside of the picture there may be zeros.
+    """
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
+        given = axes(call.first)
+        for i, axis in enumerate(given):
+            if i != 1:
+                space.pin(axis, call.node, f"is a place that {call.name} looks up")
+        for node in call.inputs[1:]:
+            space.pin_all(axes(node), call.node, f"says where {call.name} looks")
+        if call.shape and not isinstance(call.shape[0], int):  # with indices: places, per channel
+            return tuple((None, given[1], *[None] * (len(s) - 2)) for s in call.shape)
+        return (None, given[1], *[None] * (len(call.shape) - 2))
+
+    def value(self, call: Call, known: Knowledge) -> Any:
+        value = known.value(call.first)
+        if value is None or any(s > 1 for i, s in enumerate(value.shape) if i != 1):
+            return None
+        value = torch.where(value == 0, value, torch.nan)
+        several = call.shape and not isinstance(call.shape[0], int)
+        return (value, *[None] * (len(call.shape) - 1)) if several else value
+
+
 @rule("amax", "amin", "max", "min", "std", "var", "prod", "logsumexp", "any", "all",
       "argmax", "argmin", "median", "cumsum", "cumprod", "softmax", "log_softmax",
       "softmin", "sort", "topk", "argsort", "std_mean", "var_mean")  # fmt: skip
 class Reduction(Rule):
-    """The axes that are summed up stay; the others pass.
+    """The axes that are worked over stay; the others pass.
 
     Where the speedup need not be exact, some only read them (a norm written by hand).
     """

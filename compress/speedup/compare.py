@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,17 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from compress.errors import SpeedupError
-from compress.graph.run import does_not_run
-from compress.graph.trace import tensors_in
-from compress.speedup.verify import (
+from compress.graph.jumps import (
+    Settled,
     absolute_error,
     largest_error,
-    outputs_in_float64,
-    outputs_of,
     relative_error,
-    tolerance_for,
+    rounding_of,
 )
+from compress.graph.run import does_not_run
+from compress.graph.trace import tensors_in
+from compress.speedup.verify import IN_FLOAT64, compute, error_of, in_float64, run
 
-IN_FLOAT64 = 1e-6  # what is left of a difference in float64, if it was rounding only
 _SAMPLED = 256  # places of a channel that are looked at to tell which one it is
 
 
@@ -136,7 +136,7 @@ def verify(
                 runs.append((_compared(small, masked, drawn, drawn=True), drawn))
     worst, its_input = max(runs, key=lambda run: run[0].relative_error)
     if tolerance is None:
-        tolerance = tolerance_for(outputs_of(masked, given[0]))
+        tolerance = rounding_of(compute(masked, given[0]).outputs)
     same, exactly, begins = worst.relative_error <= tolerance, None, None
     if not same:
         exactly = _in_float64(small, masked, its_input)
@@ -205,26 +205,31 @@ def _drawn(one: Any, batch_size: int | None, generator: torch.Generator) -> Any:
 def _compared(small: nn.Module, masked: nn.Module, one: Any, drawn: bool) -> Comparison:
     size = _batch_size(one)
     try:
-        expected = outputs_of(masked, one)
+        expected = compute(masked, one)
     except Exception as error:
         if not drawn:
             raise does_not_run(masked, one, error) from error
         problem = f"skipped, the masked model does not run ({type(error).__name__}: {error})"
         return Comparison(size, drawn, 0.0, 0.0, problem, skipped=True)
     try:
-        got = outputs_of(small, one)
+        # What rounding may flip (which boxes are left) is taken from the masked model.
+        settled = Settled(expected.jumps)
+        got = run(small, one, settled)
     except Exception as error:
         problem = f"the small model does not run ({type(error).__name__}: {error})"
         return Comparison(size, drawn, float("inf"), float("inf"), problem)
-    relative, absolute = largest_error(expected, got), float("inf")
+    relative = max(largest_error(expected.outputs, got), settled.error)
+    absolute = float("inf")
     if relative < float("inf"):
-        absolute = max(map(absolute_error, expected, got), default=0.0)
+        absolute = max(map(absolute_error, expected.outputs, got), default=0.0)
     return Comparison(size, drawn, absolute, relative)
 
 
 def _in_float64(small: nn.Module, masked: nn.Module, one: Any) -> float | None:
-    pair = [outputs_in_float64(model, one) for model in (masked, small)]
-    return None if pair[0] is None or pair[1] is None else largest_error(pair[0], pair[1])
+    expected = in_float64(masked, one, {}, compute)
+    if expected is None:
+        return None
+    return in_float64(small, one, {}, partial(error_of, expected=expected, tolerance=IN_FLOAT64))
 
 
 # -- where a difference begins -------------------------------------------------------------
@@ -245,13 +250,13 @@ def _first_difference(small: nn.Module, masked: nn.Module, one: Any) -> LayerDif
             return
         errors = [_error_of_kept(a, b) for a, b in zip(wanted, got, strict=True)]
         off = max((e for e in errors if e is not None), default=0.0)
-        if off > tolerance_for(wanted):
+        if off > rounding_of(wanted):
             found.append(LayerDifference(path, type(module).__name__, call, off))
 
     for model, look in ((masked, keep), (small, compare)):
         with _watching(model, paths, look):
             try:
-                outputs_of(model, one)
+                compute(model, one)
             except Exception:
                 break  # up to where it got, all was the same
     return found[0] if found else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from compress.speedup.follow import Follower
 from compress.speedup.knowledge import Knowledge
 from compress.speedup.plan import Plan, PlanBuilder
 from compress.speedup.replay import needs_replay, replay
-from compress.speedup.surgery import apply_plan
+from compress.speedup.surgery import apply_plan, masked
 
 MOST_TRIES = 100  # real models take a few; one that changes at every run must not go on for ever
 _UNKNOWN = (
@@ -59,7 +60,8 @@ class Cutter:
         self.model = model
         self.dummy_input = dummy_input
         self.options = options
-        self.graph = ChannelGraph(model, dummy_input, options.exact)
+        within = partial(masked, model, masks)
+        self.graph = ChannelGraph(model, dummy_input, options.exact, within)
         self.knowledge = Knowledge(self.graph, masks, options.constants)
         self.follower = Follower(self.graph)
 

@@ -7,10 +7,11 @@ source, it stays.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.graph.channels import ChannelGraph
@@ -60,18 +61,24 @@ class Follower:
                 return
             self._hopeless.add(node)
             self._tried = {key: t for key, t in self._tried.items() if t[1] is not node}
+        if not mismatch.numbers and self._equalise_size_reads(node):
+            return
         if _pin_sizes(decision, node, reason):
             for other in self._same_line(node):
                 _pin_sizes(decision, other, reason)
             return
-        if self._equalise_size_reads(node):
+        module = node.meta["module"]
+        if mismatch.numbers and _pin_size_reads(decision, module, reason, mismatch.numbers):
             return
-        if _pin_size_reads(decision, node.meta["module"], reason):
-            return
+        if not _pin_size_reads(decision, module, reason):
+            self._pin_call(node, reason)
+
+    def _pin_call(self, node: fx.Node, reason: str) -> None:
+        """The last resorts: keep all that a call works on, or its module, or everything."""
         self._tried.clear()
-        if self.graph.pin(node, None, reason):
-            return
-        if not self.graph.pin_module(node.meta["module"], reason):
+        if not self.graph.pin(node, None, reason) and not self.graph.pin_module(
+            node.meta["module"], reason
+        ):
             self.graph.pin_everything(f"{reason}: {location(node)}")
 
     def _same_line(self, node: fx.Node) -> list[fx.Node]:
@@ -148,13 +155,31 @@ class Follower:
 
 
 def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) -> list[Attribute]:
-    """Attributes of the module a call ran in that hold a size (or sizes) which the plan changes."""
+    """Attributes that hold a size (or sizes) which the plan changes.
+
+    Those of the module a call ran in; if there is none, of the parts that it is made of (a model
+    may ask ``self.block.hidden_size``).
+    """
     changed: dict[int, int] = {}
     for each in (node, *node.all_input_nodes):
         sizes = zip(_flat(each.meta["shape"]), _flat(expected_shape(decision, each)), strict=True)
         changed |= {old: new for old, new in sizes if old != new}
-    call, rule, path = Call(node), rule_for(node.meta["name"]), node.meta["module"]
-    members = {k: v for k, v in vars(graph.model.get_submodule(path)).items() if k[:1] != "_"}
+    path = node.meta["module"]
+    module = graph.model.get_submodule(path)
+    found = _attributes(module, path, changed, decision, node)
+    for name, child in () if found else module.named_children():
+        if not type(child).__module__.startswith("torch."):  # theirs are set with their parameters
+            child_path = f"{path}.{name}" if path else name
+            found += _attributes(child, child_path, changed, decision, node)
+    return found
+
+
+def _attributes(
+    module: nn.Module, path: str, changed: dict[int, int], decision: Decision, node: fx.Node
+) -> list[Attribute]:
+    """Attributes of one module that hold sizes of a call."""
+    call, rule = Call(node), rule_for(node.meta["name"])
+    members = {k: v for k, v in vars(module).items() if k[:1] != "_"}
     parts = rule.part_sizes(call, node.meta["shape"])
     if parts:
         after = rule.part_sizes(call, expected_shape(decision, node))
@@ -185,17 +210,23 @@ def _one_shape(node: fx.Node) -> bool:
     return not shape or isinstance(shape[0], int)
 
 
-def _pin_size_reads(decision: Decision, module: str, reason: str) -> bool:
+def _pin_size_reads(
+    decision: Decision, module: str, reason: str, numbers: Mapping[float, float] | None = None
+) -> bool:
     """Keep the sizes that a module's forward reads off its tensors; returns whether that was news.
 
     ``b, n, c = x.shape`` and later ``y.reshape(b, n, c)``: the size of x is counted as one of y.
+    With ``numbers``, only those sizes that change as one of these does: ``x / c**0.5`` has another
+    number, but ``x / torch.tensor(c).sqrt()`` tells which it is.
     """
     news = False
     for node, where in decision.graph.trace.size_reads:
         shape, expected = node.meta["shape"], expected_shape(decision, node)
         if where == module and shape != expected and _one_shape(node):
             axes = [i for i, size in enumerate(shape) if size != expected[i]]
-            news |= decision.graph.pin(node, axes, reason)
+            if numbers is not None:
+                axes = [i for i in axes if numbers.get(shape[i]) == expected[i]]
+            news |= bool(axes) and decision.graph.pin(node, axes, reason)
     return news
 
 

@@ -6,12 +6,13 @@ literals in the source (the channels they count must stay). The re-run tells whi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from compress.graph.jumps import Settled
 from compress.graph.run import run_recorded
 from compress.graph.trace import Recorder
 from compress.rules.registry import Call, rule_for
@@ -21,11 +22,15 @@ from compress.speedup.plan import Plan
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first call (the ``index``-th) at which the re-run leaves the plan, and how."""
+    """The first call (the ``index``-th) at which the re-run leaves the plan, and how.
+
+    ``numbers``: the numbers among its arguments that are others now, by what they were.
+    """
 
     node: fx.Node
     index: int
     got: str
+    numbers: dict[float, float] = field(default_factory=dict)
 
 
 def expected_shape(decision: Decision, node: fx.Node) -> Any:
@@ -59,7 +64,9 @@ def needs_replay(decision: Decision) -> bool:
 def replay(model: nn.Module, dummy_input: Any, decision: Decision, plan: Plan) -> Mismatch | None:
     """Record the shrunk model and hold it against the plan, call by call."""
     graph = decision.graph
-    recorder, error = Recorder(), ""
+    exact = decision.knowledge.constants == "exact"
+    jumps = Settled(graph.trace.jumps, None if exact else float("inf"))
+    recorder, error = Recorder(jumps), ""
     try:
         run_recorded(model, dummy_input, graph.trace.on_meta, graph.trace.training, recorder)
     except Exception as caught:
@@ -70,7 +77,7 @@ def replay(model: nn.Module, dummy_input: Any, decision: Decision, plan: Plan) -
     for index, (before, after) in enumerate(zip(calls, again, strict=False)):
         got = _difference(decision, numbers, before, after)
         if got:
-            return Mismatch(before, index, got)
+            return Mismatch(before, index, got, _changed_numbers(before, after, numbers))
     if (error and not graph.trace.partial) or len(again) != len(calls):
         index = min(len(again), len(calls) - 1)
         return Mismatch(calls[index], index, error or "it takes another path")
@@ -88,10 +95,18 @@ def _difference(
     call, rule = Call(before), rule_for(before.meta["name"])
     if rule.sized(call) or rule.makes(call) is not None:
         return ""  # its numbers are sizes and groups, which the shapes tell
-    module = before.meta["module"]
-    if [numbers.get((module, n), n) for n in _numbers(before)] != _numbers(after):
+    if _changed_numbers(before, after, numbers) or len(_numbers(before)) != len(_numbers(after)):
         return f"{before.meta['name']} computes with another number"
     return ""
+
+
+def _changed_numbers(
+    before: fx.Node, after: fx.Node, planned: dict[tuple[str, float], float]
+) -> dict[float, float]:
+    """The numbers of a call that are others now, though the plan does not set them."""
+    module = before.meta["module"]
+    pairs = zip(_numbers(before), _numbers(after), strict=False)
+    return {old: new for old, new in pairs if planned.get((module, old), old) != new}
 
 
 def _numbers(node: fx.Node) -> list[float]:

@@ -43,7 +43,8 @@ class Report:
     """The outcome of a speedup.
 
     ``parameters_before`` and ``parameters_after`` count elements of parameters.
-    ``relative_error`` is max |small - masked| / max |masked| on the dummy input; None: not checked.
+    ``relative_error`` is max |small - masked| / max |masked| on the dummy input, of the outputs and
+    of what the model decides by on the way (scores of boxes, say); None: not checked.
     ``constants_folded`` are the biases that took constants, ``constants_carried`` the weights in
     which one channel carries those of others. ``planned``: nothing has been done yet. ``notes``
     say what limits the result.

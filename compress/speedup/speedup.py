@@ -179,7 +179,9 @@ class ModelSpeedup:
             cutter = Cutter(self.model, self.dummy_input, flat, self.options)
         else:
             cutter.renew(flat)
-        verifier = Verifier(self.model, self.dummy_input, flat) if self.verify else None
+        exact, verifier = self.options.exact and self.options.constants == "exact", None
+        if self.verify:
+            verifier = Verifier(self.model, self.dummy_input, flat, exact)
         cut = cutter.cut(always_replay=False)
         try:
             if self._plan is not None and not same_plan(self._plan, cut.plan):
@@ -195,15 +197,15 @@ class ModelSpeedup:
                     cut.undo()
                     cut = cutter.cut(always_replay=True)
                     error, problem = verifier.compare()
-                exact = self.options.exact and self.options.constants == "exact"
                 if problem and (exact or error == float("inf")):
-                    cut.undo, error = verifier.accept_or_raise(cut.undo, cut.plan, error, problem)
+                    cut.undo, error = verifier.accept_or_raise(cut.undo, cut.plan, problem)
             counts = parameter_counts(self.model, before)
             if self.optimizer is not None:
                 slice_optimizer(self.optimizer, self.model, cut.plan, before)
             self._keep(cut, flat, counts, error, planned=False)
             self._plan, self._given, self._done = cut.plan, masks, True
             self._cutter = None
+            cutter.graph.trace.jumps.clear()  # the report, which keeps the graph, asks for none
         except BaseException:
             cut.undo()
             raise

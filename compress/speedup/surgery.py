@@ -6,7 +6,8 @@ new data. Undoing gives the old data back, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -116,6 +117,16 @@ def apply_plan(
         undo_all()
         raise
     return undo_all
+
+
+@contextmanager
+def masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The model's parameters are multiplied by their masks (by path) within this context."""
+    undo = apply_plan(model, Plan(), masks)
+    try:
+        yield
+    finally:
+        undo()
 
 
 _Before = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # a tensor, its data, its gradient

@@ -1,0 +1,218 @@
+"""Reading and writing parts of tensors: basic indices, tensors as indices, picks along one axis.
+
+An axis that is taken whole keeps its labels. One of which positions are named stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from compress.graph.labels import Axes, Axis, LabelSpace
+from compress.graph.shapes import normal_axis
+from compress.rules.registry import OPAQUE, Call, Rule, Value, no_axes, rule, shape_of
+
+if TYPE_CHECKING:
+    from compress.speedup.knowledge import Knowledge
+
+AxesOf = Callable[[Any], Axes]
+_MASKS = (torch.bool, torch.uint8)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What ``x[index]`` takes of x.
+
+    ``axes``: for each axis of ``x[index]`` the axis of x that it is, whole and in order; None for
+    others. ``fixed``: the axes of x of which positions are picked, and how (a clause).
+    """
+
+    axes: list[int | None]
+    fixed: dict[int, str]
+
+
+def picked(call: Call) -> Picked | None:
+    """Read the index of a call; None for forms that are not foreseen."""
+    shape = shape_of(call.first)
+    items = _items(call.arg(1, "index"), len(shape))
+    if items is None:
+        return None
+    left: list[tuple[int | None, bool]] = []  # by numbers and slices: axis of x, tensor index?
+    fixed: dict[int, str] = {}
+    axis = 0
+    for item in items:
+        if item is None:
+            left.append((None, False))
+        elif isinstance(item, slice):
+            whole = _is_whole(item, shape[axis])
+            if not whole:
+                fixed[axis] = "is sliced at a fixed position"
+            left.append((axis if whole else None, False))
+        elif _takes_one(item):
+            fixed[axis] = f"is indexed with {item}"
+        else:
+            for each in range(axis, axis + _consumed(item)):
+                fixed[each] = "is indexed with a tensor"
+                left.append((None, True))
+        axis += _consumed(item)
+    return Picked(_with_tensors_joined(left, max(map(_rank, items), default=0)), fixed)
+
+
+def _with_tensors_joined(left: list[tuple[int | None, bool]], rank: int) -> list[int | None]:
+    """Tensor indices give their common axes where they are, or at the front if they are apart."""
+    at = [i for i, (_, tensor) in enumerate(left) if tensor]
+    axes = [axis for axis, tensor in left if not tensor]
+    if at:
+        first = at[0] if at[-1] - at[0] == len(at) - 1 else 0
+        axes[first:first] = [None] * rank
+    return axes
+
+
+def _items(index: Any, ndim: int) -> list[Any] | None:
+    """The parts of an index, one for each axis and each new axis; None for unforeseen forms."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    for item in items:
+        known = item is None or item is Ellipsis or isinstance(item, (int, slice, fx.Node, list))
+        zero_dim_mask = isinstance(item, fx.Node) and not shape_of(item) and _is_mask(item)
+        if isinstance(item, bool) or zero_dim_mask or not known:
+            return None
+    rest = [slice(None)] * (ndim - sum(_consumed(i) for i in items if i is not Ellipsis))
+    at = items.index(Ellipsis) if any(i is Ellipsis for i in items) else None
+    return items + rest if at is None else [*items[:at], *rest, *items[at + 1 :]]
+
+
+def _takes_one(item: Any) -> bool:
+    """An integer, or a tensor that holds one: the axis is gone."""
+    return isinstance(item, int) or (isinstance(item, fx.Node) and not shape_of(item))
+
+
+def _consumed(item: Any) -> int:
+    """How many axes of x an item takes."""
+    if isinstance(item, fx.Node) and _is_mask(item):
+        return len(shape_of(item))
+    return 0 if item is None else 1
+
+
+def _rank(item: Any) -> int:
+    """How many axes a tensor as index gives."""
+    if isinstance(item, list):
+        return 1 + max(map(_rank, item), default=0)
+    if isinstance(item, fx.Node):
+        return 1 if _is_mask(item) else len(shape_of(item))
+    return 0
+
+
+def _is_mask(node: fx.Node) -> bool:
+    return node.meta["dtype"] in _MASKS
+
+
+def _is_whole(item: slice, size: int) -> bool:
+    bounds = (item.start, item.stop, item.step)
+    return not any(isinstance(b, fx.Node) for b in bounds) and item.indices(size) == (0, size, 1)
+
+
+def _pin_picked(call: Call, taken: Picked, axes: AxesOf, space: LabelSpace) -> None:
+    """Keep the axes that are picked from, and the tensors that say where."""
+    for axis, reason in taken.fixed.items():
+        space.pin(axes(call.first)[axis], call.node, reason)
+    indices: list[fx.Node] = []
+    fx.node.map_arg(call.arg(1, "index"), indices.append)
+    for node in indices:
+        space.pin_all(axes(node), call.node, "says which positions are picked")
+
+
+@rule("getitem")
+class GetItem(Rule):
+    """``x[index]``. A bound in the middle of an axis is the user's number, so the axis stays."""
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given, taken = axes(call.first), picked(call)
+        if taken is None or len(taken.axes) != len(call.shape):
+            return OPAQUE.labels(call, axes, space, "is indexed in a way without a rule")  # type: ignore[no-any-return]
+        _pin_picked(call, taken, axes, space)
+        return tuple(None if axis is None else given[axis] for axis in taken.axes)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value, taken = known.value(call.first), picked(call)
+        if value is None or taken is None:
+            return None
+        items = _items(call.arg(1, "index"), value.dim()) or []
+        if any(isinstance(item, (fx.Node, list)) for item in items):
+            if not value.is_floating_point():
+                return None
+            if taken.fixed:  # known where all positions are the same
+                low, value = (f(value, tuple(taken.fixed), True) for f in (torch.amin, torch.amax))
+                value = torch.where(low == value, value, torch.nan)
+            return value.reshape([1 if a is None else value.shape[a] for a in taken.axes])
+        axis = 0
+        for at, item in enumerate(items):
+            if item is not None:
+                if value.shape[axis] == 1:
+                    items[at] = 0 if isinstance(item, int) else slice(None)
+                axis += 1
+        return value[tuple(items)]
+
+
+@rule("setitem")
+class SetItem(Rule):
+    """``x[index] = value``: what is written has the axes that are taken whole, as x has."""
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        taken, shape = picked(call), call.shape
+        if taken is None:
+            return OPAQUE.labels(call, axes, space, "is written in a way without a rule")  # type: ignore[no-any-return]
+        _pin_picked(call, taken, axes, space)
+        result: list[Axis] = list(axes(call.first))
+        for axis in taken.fixed:
+            result[axis] = None
+        written = call.arg(2, "value")
+        if isinstance(written, fx.Node):
+            sizes, given = shape_of(written), axes(written)
+            for back in range(1, len(sizes) + 1):
+                target = taken.axes[-back] if back <= len(taken.axes) else None
+                if target is None:
+                    space.pin(given[-back], call.node, "is written to positions by number")
+                elif sizes[-back] == shape[target]:
+                    result[target] = space.tie(
+                        result[target], given[-back], call.node, "is written to a fixed size"
+                    )
+        return tuple(result)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        """Known where what was there and what is written are the same."""
+        before, taken, written = known.value(call.first), picked(call), call.arg(2, "value")
+        value = known.value(written) if isinstance(written, fx.Node) else torch.tensor(written)
+        if before is None or value is None or taken is None or value.dim() > len(taken.axes):
+            return None
+        if not before.is_floating_point():
+            return None
+        value = value.reshape([1] * (len(taken.axes) - value.dim()) + list(value.shape))
+        sizes = [1] * before.dim()
+        for at, axis in enumerate(taken.axes):
+            if axis is not None:
+                sizes[axis] = value.shape[at]
+            elif value.shape[at] > 1:
+                return None
+        return torch.where(before == value.reshape(sizes), before, torch.nan)
+
+
+@rule("narrow", "select", "index_select", "gather", "take_along_dim")
+class Pick(Rule):
+    """Positions of one axis by number: that axis stays as it is."""
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given = list(axes(call.first))
+        dim = normal_axis(call.arg(1, "dim"), len(given))
+        space.pin(given[dim], call.node, f"is picked from by {call.name}")
+        given[dim] = None
+        if call.name in ("gather", "take_along_dim"):
+            for node in call.inputs:
+                space.pin_all(axes(node), call.node, f"is picked from by {call.name}")
+            return no_axes(call.shape)  # type: ignore[no-any-return]
+        if call.name == "select":
+            del given[dim]
+        return tuple(given)
