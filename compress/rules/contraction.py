@@ -234,7 +234,7 @@ class Contraction(Rule):
             if labels is None:
                 return
             alive |= plan.kept(labels).reshape(g.groups, -1).any(1)
-        plan.set_number(call, "groups", g.groups, int(alive.sum()))
+        plan.set_number(call, "groups", g.groups, int(alive.sum()), counted=True)
 
 
 def _oriented(stored: np.ndarray, g: Geometry) -> np.ndarray:

@@ -95,7 +95,7 @@ class Cutter:
             try:
                 # A cut of nothing has nothing to follow (and some forwards differ at every run).
                 replays = bool(builder.plan.slices) and (
-                    always_replay or bool(attributes) or needs_replay(decision)
+                    always_replay or bool(attributes) or builder.counts or needs_replay(decision)
                 )
                 mismatch = None
                 if replays:

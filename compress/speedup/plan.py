@@ -172,6 +172,7 @@ class PlanBuilder:
         self.graph: ChannelGraph = decision.graph
         self.plan = Plan()
         self.unset: list[fx.Node] = []
+        self.counts = False  # whether the code must be seen to count a number anew
         self._attributes: dict[tuple[str, str], Attribute] = {}
         self._shared: dict[bytes, np.ndarray] = {}
         for path, node in self.graph.trace.leaves.items():
@@ -257,9 +258,15 @@ class PlanBuilder:
         """Make the module that a call ran in one of ``compress.layers``."""
         self.plan.replacements.append(Replacement(call.module, kind, options))
 
-    def set_number(self, call: Call, name: str, old: Any, new: Any) -> None:
-        """Set the attribute ``name`` (a size, an epsilon) of the module that a call ran in."""
+    def set_number(self, call: Call, name: str, old: Any, new: Any, counted: bool = False) -> None:
+        """Set the attribute ``name`` (a size, an epsilon) of the module that a call ran in.
+
+        ``counted``: where no attribute holds it, the code may count it anew; a replay tells.
+        """
         if old == new:
+            return
+        if counted and getattr(call.owner, name, None) != old:
+            self.counts = True
             return
         attribute = Attribute(call.module, name, old, new)
         other = self._attributes.setdefault((call.module, name), attribute)
