@@ -18,7 +18,7 @@ from torch import fx, nn
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.run import record
 from compress.graph.trace import Trace
-from compress.rules.registry import OPAQUE, Call, Rule, no_axes, rule_for
+from compress.rules.registry import OPAQUE, Call, Rule, Units, no_axes, rule_for, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,18 +148,20 @@ class ChannelGraph:
         """Every weight that makes units, by its path (of several calls, the first)."""
         found: dict[str, LayerUnits] = {}
         for step in self.steps:
-            made = step.rule.makes(step.call)
-            if made is None or made.weight.op != "get_attr":
-                continue
-            size = step.call.shape[made.axis]
-            labels = self.axes[step.call.node][made.axis]
-            source = self.axes[made.source][made.axis]
-            labels = np.zeros(size, np.int64) if labels is None else labels
-            passes = source is not None and np.array_equal(self.root[labels], self.root[source])
-            found.setdefault(
-                str(made.weight.target), LayerUnits(labels, made.weight_axis, bool(passes))
-            )
+            for made in step.rule.makes(step.call):
+                if made.weight.op == "get_attr":
+                    found.setdefault(str(made.weight.target), self._units(step.call, made))
         return found
+
+    def _units(self, call: Call, made: Units) -> LayerUnits:
+        if made.axis is None:
+            labels, size = self.axes[made.weight][made.weight_axis], shape_of(made.weight)
+            labels = np.zeros(size[made.weight_axis], np.int64) if labels is None else labels
+            return LayerUnits(labels, made.weight_axis, False)
+        labels, source = self.axes[call.node][made.axis], self.axes[made.source][made.axis]
+        labels = np.zeros(call.shape[made.axis], np.int64) if labels is None else labels
+        passes = source is not None and np.array_equal(self.root[labels], self.root[source])
+        return LayerUnits(labels, made.weight_axis, bool(passes))
 
     @cached_property
     def vectors(self) -> list[np.ndarray]:

@@ -129,8 +129,11 @@ class Recorder(TorchFunctionMode):
     # -- leaves ----------------------------------------------------------------------------
 
     def announce(self, path: str, stand_in: torch.Tensor, tensor: torch.Tensor, kind: str) -> None:
-        """Name a parameter or buffer; its node is made when it is first used."""
-        self._announced[id(stand_in)] = (path, tensor, kind)
+        """Name a parameter or buffer; its node is made when it is first used.
+
+        The first name counts: a module may hold its parameters in a plain list as well.
+        """
+        self._announced.setdefault(id(stand_in), (path, tensor, kind))
         self._sharing.setdefault(_memory(stand_in), []).append(stand_in)
 
     def placeholder(self, index: int, stand_in: torch.Tensor) -> None:

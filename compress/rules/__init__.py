@@ -1,6 +1,15 @@
 """What each family of torch functions does to labels and to known values."""
 
-from compress.rules import attention, contraction, elementwise, movement, normalization, reduction
+from compress.rules import (
+    attention,
+    contraction,
+    creation,
+    elementwise,
+    movement,
+    normalization,
+    recurrent,
+    reduction,
+)
 from compress.rules.registry import RULES, Rule, rule, rule_for
 
 __all__ = [
@@ -8,9 +17,11 @@ __all__ = [
     "Rule",
     "attention",
     "contraction",
+    "creation",
     "elementwise",
     "movement",
     "normalization",
+    "recurrent",
     "reduction",
     "rule",
     "rule_for",

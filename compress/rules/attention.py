@@ -77,8 +77,8 @@ class MatMul(Contraction):
         x, weight, bias = self.operands(call)
         return Geometry(x, weight, bias, 1, channel=-1, weight_in=0, weight_out=1, at_border=False)
 
-    def makes(self, call: Call) -> Units | None:
-        return super().makes(call) if self.has_weight(call) else None
+    def makes(self, call: Call) -> list[Units]:
+        return super().makes(call) if self.has_weight(call) else []
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         if self.has_weight(call):
@@ -269,5 +269,5 @@ class Embedding(Rule):
             None if bool(used.all()) else torch.where(used, torch.nan, 0.0).double().reshape(shape)
         )
 
-    def makes(self, call: Call) -> Units:
-        return Units(call.arg(1, "weight"), 1, -1, call.arg(0, "input"))
+    def makes(self, call: Call) -> list[Units]:
+        return [Units(call.arg(1, "weight"), 1, -1, call.arg(0, "input"))]

@@ -55,9 +55,9 @@ class Contraction(Rule):
     def geometry(self, call: Call) -> Geometry:
         raise NotImplementedError
 
-    def makes(self, call: Call) -> Units | None:
+    def makes(self, call: Call) -> list[Units]:
         g = self.geometry(call)
-        return Units(g.weight, g.weight_out, g.channel, g.x)
+        return [Units(g.weight, g.weight_out, g.channel, g.x)]
 
     # -- labels ----------------------------------------------------------------------------
 

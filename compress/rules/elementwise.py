@@ -211,17 +211,3 @@ class PReLU(Rule):
             return None
         slope = slope.reshape(1, -1, *[1] * (value.dim() - 2)) if value.dim() > 1 else slope
         return torch.where(value >= 0, value, slope * value)
-
-
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
-class Like(Rule):
-    """A new tensor with the sizes of another: it shrinks along with it."""
-
-    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
-        return axes(call.first)
-
-    def value(self, call: Call, known: Knowledge) -> Value:
-        constants = {"zeros_like": 0.0, "ones_like": 1.0}
-        if call.name not in constants:
-            return None
-        return torch.full((1,) * len(call.shape), constants[call.name], dtype=torch.float64)

@@ -445,3 +445,30 @@ class Pick(Rule):
         if call.name == "select":
             del given[dim]
         return tuple(given)
+
+
+@rule("pack_padded_sequence", "pad_packed_sequence")
+class Pack(Rule):
+    """Sequences of several lengths, (steps, batch, …), as one list, (steps · batch, …), and back.
+
+    Gives the lengths, too. The features pass; the steps and the batch stay.
+    """
+
+    def leading(self, call: Call) -> int:
+        """How many leading axes of the input are steps and places in the batch."""
+        return 2 if call.name == "pack_padded_sequence" else 1
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> tuple[Axes, ...]:
+        given, leading = axes(call.first), self.leading(call)
+        for axis in given[:leading]:
+            space.pin(axis, call.node, f"is a step, or a place in the batch, of {call.name}")
+        return (*[None] * (3 - leading), *given[leading:]), (None,)
+
+    def value(self, call: Call, known: Knowledge) -> Any:
+        value, leading = known.value(call.first), self.leading(call)
+        if value is None or any(s > 1 for s in value.shape[:leading]):
+            return None
+        value = value.reshape([1] * (3 - leading) + list(value.shape[leading:]))
+        if leading == 1:  # what pads is another constant
+            value = torch.where(value == call.arg(3, "padding_value"), value, torch.nan)
+        return value, None

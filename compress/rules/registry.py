@@ -92,11 +92,14 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """New units: along ``axis`` of the call's output, and along ``weight_axis`` of its weight."""
+    """New units: along ``axis`` of the call's output, and along ``weight_axis`` of its weight.
+
+    ``axis`` is None where no single axis of the output holds them (the gates of an LSTM).
+    """
 
     weight: fx.Node
     weight_axis: int
-    axis: int
+    axis: int | None
     source: fx.Node
 
 
@@ -121,9 +124,9 @@ class Rule:
         """For calls that take a list of sizes: that list, for outputs of these shapes."""
         return []
 
-    def makes(self, call: Call) -> Units | None:
-        """For calls that make new units (channels, features) with a weight: where they lie."""
-        return None
+    def makes(self, call: Call) -> list[Units]:
+        """For calls that make new units (channels, features) with weights: where they lie."""
+        return []
 
     def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Any:
         """Axes of the output (a tuple of them for several outputs)."""

@@ -232,4 +232,21 @@ def module_sizes(
         return [("num_embeddings", weight[0]), ("embedding_dim", weight[1])]
     if isinstance(module, nn.PReLU) and weight is not None:
         return [("num_parameters", weight[0])]
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and shapes:
+        return _recurrent_sizes(module, shapes)
     return []
+
+
+def _recurrent_sizes(
+    module: nn.RNNBase | nn.RNNCellBase, shapes: dict[str, tuple[int, ...]]
+) -> list[tuple[str, int]]:
+    """The sizes of a recurrent module, from the weights of its first layer."""
+    layer = "_l0" if isinstance(module, nn.RNNBase) else ""
+    after = {
+        name: shapes.get(f"weight_{name}{layer}", getattr(module, f"weight_{name}{layer}").shape)
+        for name in ("ih", "hh", "hr")
+        if hasattr(module, f"weight_{name}{layer}")
+    }
+    gates = getattr(module, f"weight_ih{layer}").shape[0] // module.hidden_size
+    sizes = [("input_size", after["ih"][1]), ("hidden_size", after["hh"][0] // gates)]
+    return sizes + ([("proj_size", after["hr"][0])] if "hr" in after else [])

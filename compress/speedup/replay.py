@@ -82,7 +82,7 @@ def _difference(decision: Decision, before: fx.Node, after: fx.Node) -> str:
     if expected != got:
         return f"{before.meta['name']} gives {got} instead of {expected}"
     call, rule = Call(before), rule_for(before.meta["name"])
-    if rule.sized(call) or rule.makes(call) is not None:
+    if rule.sized(call) or rule.makes(call):
         return ""  # its numbers are sizes and groups, which the shapes tell
     if _numbers(before) != _numbers(after):
         return f"{before.meta['name']} computes with another number"

@@ -102,6 +102,7 @@ def apply_plan(
                 _replace(tensors[path], path, plan, masks) for path in touched if path in tensors
             )
             undo += (_set_attribute(model, attribute) for attribute in plan.attributes)
+            _flatten_recurrent(model, plan)
     except BaseException:
         undo_all()
         raise
@@ -144,6 +145,14 @@ def _set_attribute(model: nn.Module, attribute: Attribute) -> Callable[[], None]
     module = model.get_submodule(attribute.module)
     setattr(module, attribute.name, attribute.new)
     return lambda: setattr(module, attribute.name, attribute.old)
+
+
+def _flatten_recurrent(model: nn.Module, plan: Plan) -> None:
+    """cuDNN wants the weights of a recurrent module in one piece of memory, as they were."""
+    for path in {path.rpartition(".")[0] for path in plan.slices}:
+        module = model.get_submodule(path)
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
 
 
 def slice_optimizer(
