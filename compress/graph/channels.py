@@ -72,6 +72,9 @@ class ChannelGraph:
             weight = self.trace.leaves[path]
             if len(weight.users) != self.space.field_uses[path]:  # something else reads it, too
                 self.space.pin(crossing.labels.reshape(-1), weight, "is read in more than one way")
+        # What is computed for nothing (attention's mean weights) need not be computed rightly.
+        used = self.trace.used()
+        self.space.pins = [pin for pin in self.space.pins if pin.node in used]
         self.root = self.space.roots()
         if not self.trace.complete:
             self.pin_everything("runs in a model with code that cannot be traced")

@@ -170,8 +170,10 @@ class Attention(Rule):
     def value(self, call: Call, known: Knowledge) -> Value:
         # The weights of each row sum up to 1: what is the same at all places comes out as it is.
         value = known.value(self.operands(call)[2])
-        if value is None or value.shape[-2] > 1 or call.node.kwargs.get("enable_gqa"):
+        if value is None or call.node.kwargs.get("enable_gqa"):
             return None
+        first = value[..., :1, :]
+        value = torch.where((value == first).all(-2, keepdim=True), first, torch.nan)
         masked = call.arg(3, "attn_mask") is not None  # a row that is all masked gives 0, or NaN
         return torch.where(value == 0, value, torch.nan) if masked else value
 

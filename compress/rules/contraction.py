@@ -135,8 +135,6 @@ class Contraction(Rule):
 
     def value(self, call: Call, known: Knowledge) -> Value:
         g = self.geometry(call)
-        if g.weight.op != "get_attr":
-            return None
         matrix, constants = self.matrix(g, known), self.constants(g, known)
         rows = busy = matrix.any(1)  # rows with any weight: the others give their bias
         if constants is not None:

@@ -50,7 +50,16 @@ class Knowledge:
     def leaf(
         self, node: fx.Node, axis: int = 0, positions: np.ndarray | None = None
     ) -> torch.Tensor:
-        """The masked parameter (or the buffer) behind a leaf, or some positions along an axis."""
+        """The masked parameter (or buffer) behind a leaf, or some positions along an axis.
+
+        Of a weight that is computed from others: what is known of it.
+        """
+        if node.op != "get_attr":
+            value = self.value(node)
+            full = torch.tensor(torch.nan).double() if value is None else value
+            full = full.expand(node.meta["shape"])
+            index = None if positions is None else torch.from_numpy(positions)
+            return full if index is None else full.index_select(axis, index)
         tensor: torch.Tensor = node.meta["tensor"].detach()
         mask = self.masks.get(str(node.target))
         if positions is not None:
@@ -67,7 +76,7 @@ class Knowledge:
                 mask = self.masks.get(str(node.target))
                 found = _nonzero_pattern(node.meta["tensor"].detach(), mask).cpu().numpy()
             else:
-                found = np.ones(node.meta["shape"][:2], bool)
+                found = _nonzero_pattern(self.leaf(node), None).numpy()
             self._patterns[node] = found
         return found
 

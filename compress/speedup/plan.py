@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from compress.graph.channels import ChannelGraph
 from compress.graph.labels import Field, Labels
+from compress.modules import STAND_INS
 from compress.rules.registry import Call
 from compress.speedup.decide import Decision
 from compress.speedup.knowledge import Knowledge
@@ -74,6 +75,15 @@ class Attribute:
     new: Any
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """A module that takes the class ``kind`` of ``compress.modules``, with some attributes."""
+
+    module: str
+    kind: str
+    state: dict[str, Any]
+
+
 @dataclass
 class Plan:
     """Everything the surgery does, by parameter path.
@@ -81,6 +91,7 @@ class Plan:
     ``slices``: what is kept. ``biases``: what is added to a bias (positions as they were);
     ``new_biases``: the biases that are made for it, each with the weight it belongs to.
     ``carries``: constants moved within a weight. ``attributes``: sizes set on modules.
+    ``replacements``: modules whose class cannot take the new sizes.
     """
 
     slices: dict[str, Slice] = field(default_factory=dict)
@@ -88,6 +99,7 @@ class Plan:
     new_biases: dict[str, str] = field(default_factory=dict)
     carries: dict[str, list[Carry]] = field(default_factory=dict)
     attributes: list[Attribute] = field(default_factory=list)
+    replacements: list[Replacement] = field(default_factory=list)
 
 
 class PlanBuilder:
@@ -107,6 +119,7 @@ class PlanBuilder:
             for step in self.graph.steps:
                 step.rule.rewrite(step.call, self)
             self._set_module_sizes()
+            self._replace_modules()
             self.plan.attributes = list(self._attributes.values())
 
     def kept(self, labels: Labels) -> np.ndarray:
@@ -200,6 +213,25 @@ class PlanBuilder:
                 if old != new:
                     self._attributes[path, name] = Attribute(path, name, old, new)
 
+    def _replace_modules(self) -> None:
+        for path, module in self.graph.model.named_modules():
+            if not isinstance(module, nn.MultiheadAttention):
+                continue
+            prefix = f"{path}." if path else ""
+            cuts = {
+                name: self.plan.slices[prefix + name]
+                for name, _ in module.named_parameters()
+                if prefix + name in self.plan.slices
+            }
+            kind = STAND_INS.get(type(module))
+            if cuts and kind is not None:
+                replacement = Replacement(path, kind.__name__, kind.state_of(module))
+                self.plan.replacements.append(replacement)
+            for name, new in _attention_sizes(module, cuts) if cuts else ():
+                old = getattr(module, name)
+                if old != new:
+                    self._attributes[path, name] = Attribute(path, name, old, new)
+
     def _sizes(self, path: str, module: nn.Module) -> list[tuple[str, int]]:
         prefix = f"{path}." if path else ""
         shapes = {
@@ -250,3 +282,26 @@ def _recurrent_sizes(
     gates = getattr(module, f"weight_ih{layer}").shape[0] // module.hidden_size
     sizes = [("input_size", after["ih"][1]), ("hidden_size", after["hh"][0] // gates)]
     return sizes + ([("proj_size", after["hr"][0])] if "hr" in after else [])
+
+
+def _attention_sizes(
+    module: nn.MultiheadAttention, cuts: dict[str, Slice]
+) -> list[tuple[str, int]]:
+    """The sizes of an attention module: heads are left of which any value is."""
+    packed = module.in_proj_weight is not None
+    values, parts = ("in_proj_weight", 3) if packed else ("v_proj_weight", 1)
+    weights = dict(module.named_parameters())
+    shapes = {n: cuts[n].shape(t.shape) if n in cuts else t.shape for n, t in weights.items()}
+    rows, heads = weights[values].shape[0], module.num_heads
+    cut = cuts.get(values)
+    if cut is not None and cut.keep[0] is not None:
+        per_head = rows // (parts * heads)
+        rows, heads = len(cut.keep[0]), len(np.unique(cut.keep[0] // per_head)) // parts
+    keys = "in_proj_weight" if packed else "k_proj_weight"
+    return [
+        ("num_heads", heads),
+        ("head_dim", rows // (parts * heads)),
+        ("embed_dim", shapes["out_proj.weight"][0]),
+        ("kdim", shapes[keys][1]),
+        ("vdim", shapes[values][1]),
+    ]

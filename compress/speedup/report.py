@@ -103,7 +103,7 @@ def make_report(
             stayed = labels[masked & ~gone]
             for _, first, count in _grouped(decision.reason_key(stayed)):
                 why[decision.reason(int(stayed[first])) or ""] += count
-            name = path.removesuffix("weight").rstrip(".")
+            name = "" if path == "weight" else path.removesuffix(".weight")
             layers[path] = LayerReport(name, units, int(masked.sum()), int(gone.sum()), dict(why))
     return Report(
         layers=tuple(layers.values()),

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from compress import modules
+from compress.modules import replace_class
 from compress.speedup.knowledge import all_by_row
-from compress.speedup.plan import Attribute, Carry, Plan, Slice
+from compress.speedup.plan import Attribute, Carry, Plan, Replacement, Slice
 
 
 def new_tensor(
@@ -101,6 +103,7 @@ def apply_plan(
             replaced += (
                 _replace(tensors[path], path, plan, masks) for path in touched if path in tensors
             )
+            undo += (_replace_class(model, each) for each in plan.replacements)
             undo += (_set_attribute(model, attribute) for attribute in plan.attributes)
             _flatten_recurrent(model, plan)
     except BaseException:
@@ -139,6 +142,11 @@ def _add_bias(model: nn.Module, path: str, weight: torch.Tensor, plan: Plan) -> 
         module._parameters["bias"] = None
 
     return undo
+
+
+def _replace_class(model: nn.Module, each: Replacement) -> Callable[[], None]:
+    module, kind = model.get_submodule(each.module), getattr(modules, each.kind)
+    return replace_class(module, kind, each.state)
 
 
 def _set_attribute(model: nn.Module, attribute: Attribute) -> Callable[[], None]:
