@@ -5,10 +5,12 @@ from compress.rules import (
     contraction,
     creation,
     elementwise,
+    indexing,
     movement,
     normalization,
     recurrent,
     reduction,
+    transforms,
 )
 from compress.rules.registry import RULES, Rule, rule, rule_for
 
@@ -19,10 +21,12 @@ __all__ = [
     "contraction",
     "creation",
     "elementwise",
+    "indexing",
     "movement",
     "normalization",
     "recurrent",
     "reduction",
     "rule",
     "rule_for",
+    "transforms",
 ]

@@ -260,7 +260,9 @@ def module_sizes(
     if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and shapes:
         name = "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"
         return [(name, next(iter(shapes.values()))[0])]
-    if isinstance(module, nn.Embedding) and weight is not None:
+    if isinstance(module, nn.Bilinear) and weight is not None:
+        return list(zip(("out_features", "in1_features", "in2_features"), weight, strict=True))
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and weight is not None:
         return [("num_embeddings", weight[0]), ("embedding_dim", weight[1])]
     if isinstance(module, nn.PReLU) and weight is not None:
         return [("num_parameters", weight[0])]
