@@ -73,8 +73,8 @@ class ChannelGraph:
             if len(weight.users) != self.space.field_uses[path]:  # something else reads it, too
                 self.space.pin(crossing.labels.reshape(-1), weight, "is read in more than one way")
         # What is computed for nothing (attention's mean weights) need not be computed rightly.
-        used = self.trace.used()
-        self.space.pins = [pin for pin in self.space.pins if pin.node in used]
+        idle = {s.call.node for s in self.steps if s.rule.any_size} - self.trace.used()
+        self.space.pins = [pin for pin in self.space.pins if pin.node not in idle]
         self.root = self.space.roots()
         if not self.trace.complete:
             self.pin_everything("runs in a model with code that cannot be traced")

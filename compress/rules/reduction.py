@@ -89,6 +89,8 @@ class Reduction(Rule):
     The axes of a lane stay, but where a 0 adds nothing: a sum, or a norm, may lose what is 0.
     """
 
+    any_size = True
+
     def dims(self, call: Call) -> tuple[int, ...]:
         ndim = len(shape_of(call.first))
         second = ("norm", "normalize", "topk", "linalg_vector_norm", "kthvalue", "quantile", "diff")

@@ -108,9 +108,13 @@ class Rule:
 
     ``positional``: an output position depends on the inputs at that position alone, so that where
     the output is known or not read, the inputs are not read either.
+
+    ``any_size``: the call runs whatever the sizes of its inputs, so that what it pins counts only
+    where its output is used.
     """
 
     positional = False
+    any_size = False
 
     def sized(self, call: Call) -> bool:
         """Whether sizes are among the call's arguments, so that the code must count them anew."""
