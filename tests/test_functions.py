@@ -163,6 +163,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     # over the channels themselves: what is 0 adds nothing
     "sum of channels": lambda x: x * x.sum(1, keepdim=True),
     "normalize": lambda x: F.normalize(x, dim=1),
+    "linalg.norm of channels": lambda x: x * torch.linalg.norm(x, dim=1, keepdim=True),
     "norm of channels": lambda x: x * x.norm(dim=1, keepdim=True).add(1).reciprocal(),
     # complex numbers
     "rfft2": lambda x: torch.fft.rfft2(x).abs(),

@@ -85,6 +85,7 @@ class GetItem(Rule):
         tensors = [i for i, item in enumerate(items) if isinstance(item, (fx.Node, list))]
         rest = [item for item in items if not isinstance(item, (fx.Node, list))]
         plain = all(item is Ellipsis or item == slice(None) for item in rest)
+        plain &= not any(node.meta["dtype"] == torch.uint8 for node in call.inputs)  # an old mask
         if not plain or not tensors or tensors != list(range(tensors[0], tensors[-1] + 1)):
             return None
         taken = sum(_axes_indexed(items[i]) for i in tensors)

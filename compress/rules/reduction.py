@@ -82,7 +82,7 @@ class Pooling(Rule):
       "norm", "argmax", "argmin", "median", "cumsum", "cumprod", "softmax", "log_softmax",
       "softmin", "normalize", "sort", "topk", "argsort", "std_mean", "var_mean",
       "linalg_vector_norm", "kthvalue", "quantile", "diff", "logcumsumexp", "cummax", "cummin",
-      "mode", "msort")  # fmt: skip
+      "mode", "msort", "linalg_norm")  # fmt: skip
 class Reduction(Rule):
     """Functions along some axes, one lane at a time; the other axes pass.
 
@@ -93,7 +93,7 @@ class Reduction(Rule):
 
     def dims(self, call: Call) -> tuple[int, ...]:
         ndim = len(shape_of(call.first))
-        second = ("norm", "normalize", "topk", "linalg_vector_norm", "kthvalue", "quantile", "diff")
+        second = "norm normalize topk linalg_vector_norm linalg_norm kthvalue quantile diff".split()
         last = ("topk", "sort", "argsort", "diff", "kthvalue", "mode")
         default: Any = 1 if call.name == "normalize" else -1 if call.name in last else None
         dim = call.arg(2 if call.name in second else 1, "dim", default)
@@ -107,14 +107,18 @@ class Reduction(Rule):
 
     def adds_zeros(self, call: Call) -> bool:
         """Whether positions that are 0 do not count."""
-        if call.name not in ("sum", "norm", "linalg_vector_norm", "normalize"):
+        if call.name not in ("sum", "norm", "linalg_norm", "linalg_vector_norm", "normalize"):
             return False
         order = 2 if call.name == "sum" else call.arg(1, "ord", call.node.kwargs.get("p", 2))
-        return order == "fro" or (isinstance(order, (int, float)) and order > 0)
+        if call.name == "linalg_norm" and len(self.dims(call)) > 1:  # of a matrix
+            return order is None
+        return order in (None, "fro") or (isinstance(order, (int, float)) and order > 0)
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
-        if len(call.inputs) > 1:  # max(a, b)
+        if len(call.inputs) > 1 and call.name in ("max", "min"):  # of two tensors
             return tied_axes(call.inputs, axes, call, space)
+        if len(call.inputs) > 1:
+            return OPAQUE.labels(call, axes, space)
         given, dims, sums = list(axes(call.first)), self.dims(call), self.adds_zeros(call)
         for dim in dims:
             if not sums:

@@ -215,15 +215,16 @@ class PlanBuilder:
 
     def _replace_modules(self) -> None:
         for path, module in self.graph.model.named_modules():
-            if not isinstance(module, nn.MultiheadAttention):
+            kind = STAND_INS.get(type(module))
+            if kind is None and type(module) not in STAND_INS.values():
                 continue
+            assert isinstance(module, nn.MultiheadAttention)
             prefix = f"{path}." if path else ""
             cuts = {
                 name: self.plan.slices[prefix + name]
                 for name, _ in module.named_parameters()
                 if prefix + name in self.plan.slices
             }
-            kind = STAND_INS.get(type(module))
             if cuts and kind is not None:
                 replacement = Replacement(path, kind.__name__, kind.state_of(module))
                 self.plan.replacements.append(replacement)
