@@ -356,31 +356,32 @@ def test_bilinear_loses_inputs_and_outputs():
     assert (model.left.out_features, model.right.out_features) == (7, 5)
 
 
-def test_heads_go_through_a_table_of_relative_positions():
+@pytest.mark.parametrize("heads", [2, 4])
+def test_heads_go_through_a_table_of_relative_positions(heads):
     class Window(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-            self.table = nn.Parameter(torch.randn(7, 4))
+            self.table = nn.Parameter(torch.randn(7, heads))
             index = torch.arange(4)[:, None] - torch.arange(4) + 3
             self.register_buffer("index", index)
             randomise(self.qkv)
 
         def forward(self, x: Tensor) -> Tensor:
-            parts = self.qkv(x).unflatten(-1, (3, -1, 4)).permute(2, 0, 3, 1, 4)
+            parts = self.qkv(x).unflatten(-1, (3, -1, 16 // heads)).permute(2, 0, 3, 1, 4)
             q, k, v = parts.unbind(0)
             bias = self.table[self.index.view(-1)].view(4, 4, -1).permute(2, 0, 1)
-            weights = (q @ k.transpose(-2, -1) * 0.5 + bias.unsqueeze(0)).softmax(-1)
+            weights = (q @ k.transpose(-2, -1) * 0.5 + bias.contiguous().unsqueeze(0)).softmax(-1)
             return self.out((weights @ v).transpose(1, 2).flatten(2))
 
     model = Window()
-    keep = torch.ones(3, 4, 4, dtype=torch.bool)
+    keep = torch.ones(3, heads, 16 // heads, dtype=torch.bool)
     keep[2, 1] = False
     keep = keep.flatten()
     masks = {"qkv": {"weight": keep[:, None].expand(48, 16), "bias": keep}}
     check_exact(model, torch.randn(2, 4, 16), masks)
-    assert model.table.shape == (7, 3)
-    assert model.qkv.out_features == 36
+    assert model.table.shape == (7, heads - 1)
+    assert model.qkv.out_features == 48 - 48 // heads
 
 
 # -- whole models of unusual kinds ---------------------------------------------------------

@@ -196,7 +196,7 @@ def test_packed_sequences(ordered):
     model = Packed(nn.GRU, num_layers=2, batch_first=True)
     masks = {"recurrent": units_masked(model.recurrent, [1, 4])}
     check_exact(model, torch.randn(3, 4, 5), masks)
-    assert model.recurrent.hidden_size == (6 if ordered else HIDDEN)
+    assert model.recurrent.hidden_size == 6
 
 
 class Unrolled(nn.Module):

@@ -36,7 +36,7 @@ rtruediv truediv itruediv idiv floor_divide rfloordiv floordiv remainder fmod rp
 minimum fmax fmin atan2 where addcmul addcdiv lerp masked_fill eq ne lt le gt ge logical_and
 logical_or logical_xor bitwise_and bitwise_or bitwise_xor and or xor rand ror heaviside copysign
 hypot logaddexp""".split()
-IDENTITY = """clone contiguous detach alias to float double half bfloat16 bool int long type_as cuda
+IDENTITY = """clone detach alias to float double half bfloat16 bool int long type_as cuda
 cpu data requires_grad dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout
 feature_alpha_dropout lift positive_ resolve_conj resolve_neg""".split()
 
@@ -195,6 +195,13 @@ class Identity(Rule):
         if value.is_floating_point() and (dtype.is_complex or dtype == torch.bool):
             return torch.where(value == 0, value, torch.nan)
         return None if bool(value.isnan().any()) else value.to(call.node.meta["dtype"])
+
+
+@rule("contiguous")
+class Contiguous(Identity):
+    """A copy, or its very input where that lies in order already: with one head left, say."""
+
+    vanishes = True
 
 
 @rule("prelu")

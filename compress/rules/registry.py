@@ -111,10 +111,13 @@ class Rule:
 
     ``any_size``: the call runs whatever the sizes of its inputs, so that what it pins counts only
     where its output is used.
+
+    ``vanishes``: the call may give its very input back, so that a run does not record it.
     """
 
     positional = False
     any_size = False
+    vanishes = False
 
     def sized(self, call: Call) -> bool:
         """Whether sizes are among the call's arguments, so that the code must count them anew."""

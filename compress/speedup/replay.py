@@ -6,6 +6,7 @@ literals in the source (the channels they count must stay). The re-run tells whi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +64,7 @@ def replay(model: nn.Module, dummy_input: Any, decision: Decision) -> Mismatch |
         run_recorded(model, dummy_input, graph.trace.on_meta, graph.trace.training, recorder)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}".splitlines()[0]
-    calls = [n for n in graph.trace.nodes if n.op == "call_function"]
-    again = [n for n in recorder.graph.nodes if n.op == "call_function"]
+    calls, again = _calls(graph.trace.nodes), _calls(recorder.graph.nodes)
     for index, (before, after) in enumerate(zip(calls, again, strict=False)):
         got = _difference(decision, before, after)
         if got:
@@ -73,6 +73,11 @@ def replay(model: nn.Module, dummy_input: Any, decision: Decision) -> Mismatch |
         index = min(len(again), len(calls) - 1)
         return Mismatch(calls[index], index, error or "it takes another path")
     return None
+
+
+def _calls(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    calls = (node for node in nodes if node.op == "call_function")
+    return [node for node in calls if not rule_for(node.meta["name"]).vanishes]
 
 
 def _difference(decision: Decision, before: fx.Node, after: fx.Node) -> str:
