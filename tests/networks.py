@@ -858,6 +858,92 @@ def resize(b: Builder) -> int | None:
     return b.apply(text, function, source)
 
 
+@operation(2)
+def tabled(b: Builder) -> int | None:
+    """Functions that are rarer, each with a rule of its own."""
+    source = b.value()
+    if source is None:
+        return None
+    x = b.values[source]
+    ones = [1] * rank_of(x)
+    text, function = b.choices.pick(
+        [
+            ("glu", lambda t: F.glu(torch.cat([t, t * -2], 1), 1)),
+            ("where", lambda t: torch.where(t > 0, t, t * 0.1)),
+            ("masked_fill", lambda t: t.masked_fill(t < 0.1, 0.5)),
+            ("mask", lambda t: t * (t > 0.1).to(t.dtype)),
+            ("repeat_interleave", lambda t: t.repeat_interleave(2, 1)),
+            ("repeat", lambda t: t.repeat(1, 2, *ones)),
+            ("stack channels", lambda t: torch.stack([t, t * 2], 2).flatten(1, 2)),
+            ("maxout", lambda t: torch.stack([t, -t], 0).amax(0)),
+            ("sum of channels", lambda t: t * t.sum(1, keepdim=True) * 0.1),
+            ("normalize", lambda t: F.normalize(t, dim=1)),
+            ("cosine", lambda t: t * F.cosine_similarity(t, t * t, 1).unsqueeze(1)),
+            ("cumsum", lambda t: t.cumsum(-1)),
+            ("softmax", lambda t: t.softmax(-1)),
+            ("std of places", lambda t: t.std(-1, keepdim=True) * t),
+            ("sort places", lambda t: t.sort(-1)[0]),
+            ("roll places", lambda t: t.roll(1, -1)),
+            ("index places", lambda t: t[..., torch.tensor([0, 2])]),
+            ("gather", lambda t: t.gather(-1, t.argsort(-1))),
+            ("diff", lambda t: t.diff(dim=-1)),
+            ("rfft", lambda t: torch.fft.rfft(t).abs()),
+            ("complex", lambda t: (torch.complex(t, t * 2) * torch.polar(t.abs(), t)).imag),
+            ("zeros", lambda t: t + torch.zeros(t.shape[1], *ones, dtype=t.dtype)),
+            ("ones", lambda t: t * t.new_ones(t.shape[1], *ones)),
+            ("pad channels", lambda t: F.pad(t, [0, 0] * len(ones) + [1, 2], value=0.5)),
+            ("flat gram", lambda t: torch.einsum("n...i,n...i->n...", t, t).unsqueeze(-1)),
+            ("bmm", lambda t: (t.flatten(2).mT @ t.flatten(2)).unsqueeze(1)),
+        ]
+    )  # fmt: skip
+    return b.apply(text, function, source)
+
+
+class RecurrentOverPlaces(nn.Module):
+    """A recurrent network along the places: (N, C, …) to (N, features, places)."""
+
+    def __init__(self, kind: type[nn.RNNBase], channels: int, *sizes: int, both: bool) -> None:
+        super().__init__()
+        self.network = kind(channels, *sizes, bidirectional=both, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.flatten(2).transpose(1, 2))[0].transpose(1, 2)
+
+
+@operation(2)
+def recurrent(b: Builder) -> int | None:
+    source = b.value()
+    if source is None:
+        return None
+    kind = b.choices.pick([nn.LSTM, nn.GRU, nn.RNN])
+    sizes = b.values[source].shape[1], b.choices.integer(1, 4), b.choices.integer(1, 2)
+    return b.add(RecurrentOverPlaces(kind, *sizes, both=b.chance(40)), source)
+
+
+class TorchAttention(nn.Module):
+    """``nn.MultiheadAttention`` over the places, to themselves or to every second one."""
+
+    def __init__(self, heads: int, width: int, channels: int, cross: bool, weights: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(channels, heads * width)
+        self.attention = nn.MultiheadAttention(heads * width, heads, batch_first=True)
+        self.cross, self.weights = cross, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.flatten(2).transpose(1, 2))
+        keys = y[:, ::2] if self.cross else y
+        return (y + self.attention(y, keys, keys, need_weights=self.weights)[0]).transpose(1, 2)
+
+
+@operation(2)
+def torch_attention(b: Builder) -> int | None:
+    source = b.value()
+    if source is None:
+        return None
+    sizes = b.choices.integer(1, 3), b.choices.integer(1, 3), b.values[source].shape[1]
+    return b.add(TorchAttention(*sizes, b.chance(50), b.chance(50)), source)
+
+
 @operation()
 def opaque(b: Builder) -> int | None:
     source = b.value()
@@ -866,6 +952,7 @@ def opaque(b: Builder) -> int | None:
     text, function = b.choices.pick(
         [
             ("fft", lambda t: torch.fft.fft(t, dim=1).real),
+            ("bessel", lambda t: torch.special.bessel_j0(t)),
             ("sort", lambda t: t.sort(1)[0]),
             ("max of two", lambda t: t.max(dim=1, keepdim=True)[0] + t),
             ("std", lambda t: t / (1 + t.std(1, keepdim=True, unbiased=False))),

@@ -15,18 +15,29 @@ from compress.errors import GraphError
 from compress.graph import draw
 
 
+class Solve(nn.Module):
+    """A layer of a function that has no rule: (…, n) to (…, n)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(features) + 0.1 * torch.rand(features, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.solve(self.weight, x.mT).mT
+
+
 class Small(nn.Module):
-    """A residual around two layers, a recurrent one, and an output."""
+    """A residual around two layers, an opaque one, and an output."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
-        self.rnn, self.out = nn.GRU(4, 4), nn.Linear(4, 2)
+        self.solve, self.out = Solve(4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         x = x + self.third(self.second(x).relu())
-        return self.out(self.rnn(x)[0])
+        return self.out(self.solve(x))
 
 
 def graph() -> ChannelGraph:
@@ -36,20 +47,20 @@ def graph() -> ChannelGraph:
 def test_layers_are_boxes_in_the_colour_of_their_group() -> None:
     boxes = draw.layer_graph(graph())
     data = {d["label"].partition("\n")[0]: d for _, d in boxes.nodes(data=True)}
-    assert list(data) == ["input", "first", "second", "third", "add", "rnn", "out", "output"]
+    assert list(data) == ["input", "first", "second", "third", "add", "solve", "out", "output"]
     assert {name for name, d in data.items() if d["box"]} == {
-        "first", "second", "third", "rnn", "out",
+        "first", "second", "third", "solve", "out",
     }  # fmt: skip
     assert data["first"]["colour"] == data["third"]["colour"] != data["second"]["colour"]
     assert data["first"]["label"] == "first\n4 units"
-    assert data["third"]["held"] == "goes through gru, which has no rule"
-    assert data["rnn"]["held"] == "gru has no rule"
+    assert data["third"]["held"] == "goes through linalg_solve, which has no rule"
+    assert data["solve"]["held"] == "linalg_solve has no rule"
     assert data["out"]["held"] == "is an output of the model"
     assert data["second"]["held"] == ""
     label = {node: d["label"].partition("\n")[0] for node, d in boxes.nodes(data=True)}
     assert {(label[a], label[b]) for a, b in boxes.edges} == {
         ("input", "first"), ("first", "second"), ("second", "third"), ("third", "add"),
-        ("first", "add"), ("add", "rnn"), ("rnn", "out"), ("out", "output"),
+        ("first", "add"), ("add", "solve"), ("solve", "out"), ("out", "output"),
     }  # fmt: skip
 
 
@@ -64,7 +75,9 @@ def test_matplotlib_draws_every_format(
     assert content.startswith({".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}[suffix])
     if suffix == ".svg":
         text = content.decode()
-        assert all(name in text for name in ("second", "4 units", "held: gru has no rule", "add"))
+        assert all(
+            name in text for name in ("second", "4 units", "held: linalg_solve has no rule", "add")
+        )
 
 
 @pytest.mark.skipif(
@@ -74,7 +87,7 @@ def test_graphviz_draws_where_it_is_there(tmp_path: Path) -> None:
     graph().draw(tmp_path / "graph.svg")
     text = (tmp_path / "graph.svg").read_text(encoding="utf-8")
     assert "graphviz" in text
-    assert all(name in text for name in ("second", "4 units", "held: gru has no rule"))
+    assert all(name in text for name in ("second", "4 units", "held: linalg_solve has no rule"))
 
 
 def test_what_cannot_be_drawn_says_what_to_do(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from compress import L1FilterPruner, ModelSpeedup
 from compress.errors import VerificationError
-from compress.layers import CountedLayerNorm
+from compress.modules import CountedLayerNorm
 from compress.speedup import verify
 
 WIDTH = 16

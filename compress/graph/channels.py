@@ -28,7 +28,7 @@ from compress.graph.explain import (
 from compress.graph.labels import Axis, LabelSpace, each_output
 from compress.graph.run import Masked, record
 from compress.graph.trace import Trace
-from compress.rules.registry import OPAQUE, Call, Rule, Units, no_axes, rule_for
+from compress.rules.registry import OPAQUE, Call, Rule, Units, no_axes, rule_for, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,9 @@ class ChannelGraph:
             weight = self.trace.leaves[path]
             if len(weight.users) != self.space.field_uses[path]:  # something else reads it, too
                 self.space.pin(crossing.labels.reshape(-1), weight, "is read in more than one way")
+        # What is computed for nothing (attention's mean weights) need not be computed rightly.
+        idle = {s.call.node for s in self.steps if s.rule.any_size} - self.trace.used()
+        self.space.pins = [pin for pin in self.space.pins if pin.node not in idle]
         self.root = self.space.roots()
         if not self.trace.complete:
             self.pin_everything("runs in a model with code that cannot be traced")
@@ -164,19 +167,21 @@ class ChannelGraph:
         """Every weight that makes units, by its path (of several calls, the first)."""
         found: dict[str, LayerUnits] = {}
         for step in self.steps:
-            made = step.rule.makes(step.call)
-            if made is None or made.weight.op != "get_attr":
-                continue
-            size = step.call.shape[made.axis]
-            labels = self.axes[step.call.node][made.axis]
-            if labels is None and made.weight.meta["shape"][made.weight_axis] == size:
-                labels = self.axes[made.weight][made.weight_axis]  # pinned, with a reason
-            labels = np.zeros(size, np.int64) if labels is None else labels
-            found.setdefault(
-                str(made.weight.target),
-                LayerUnits(labels, made.weight_axis, self.passes_on(made, labels)),
-            )
+            for made in step.rule.makes(step.call):
+                if made.weight.op == "get_attr":
+                    found.setdefault(str(made.weight.target), self._units(step.call, made))
         return found
+
+    def _units(self, call: Call, made: Units) -> LayerUnits:
+        of_weight = self.axes[made.weight][made.weight_axis]
+        if made.axis is None:
+            labels, size = of_weight, shape_of(made.weight)[made.weight_axis]
+        else:
+            labels, size = self.axes[call.node][made.axis], call.shape[made.axis]
+            if labels is None and shape_of(made.weight)[made.weight_axis] == size:
+                labels = of_weight  # pinned, with a reason
+        labels = np.zeros(size, np.int64) if labels is None else labels
+        return LayerUnits(labels, made.weight_axis, self.passes_on(made, labels))
 
     def passes_on(self, made: Units, labels: np.ndarray) -> bool:
         """Whether units are the input's own channels, one by one, and none of them new.
@@ -184,6 +189,8 @@ class ChannelGraph:
         Where a residual ties a layer's output to its input, the weight reads the same labels along
         another axis.
         """
+        if made.axis is None:
+            return False
         source, path = self.axes[made.source][made.axis], str(made.weight.target)
         if source is None or not np.array_equal(self.root[labels], self.root[source]):
             return False

@@ -56,12 +56,12 @@ def layer_graph(graph: ChannelGraph) -> nx.DiGraph:
     for node in graph.trace.nodes:
         sources = [shown[source] for source in node.all_input_nodes if shown.get(source)]
         before = list(dict.fromkeys(each for several in sources for each in several))
-        made = makes.get(node)
+        made = [each for each in makes.get(node, ()) if each.weight.op == "get_attr"]
         shown[node] = before
         if node.op == "placeholder":
             _add(result, node, "input", _MEETING, before)
-        elif made is not None and made.weight.op == "get_attr":
-            path = str(made.weight.target)
+        elif made:
+            path = str(made[0].weight.target)
             _add(result, node, _layer_label(graph, path), colours.get(path, _ALONE), before,
                  held=_held(graph, path), box=True)  # fmt: skip
         elif _is_opaque_layer(node):

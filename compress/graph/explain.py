@@ -407,7 +407,7 @@ def layer_of(graph: ChannelGraph, parameter: str) -> str:
         return path
     path = parameter.rpartition(".")[0]
     if parameter in graph.layers and path:
-        return path
+        return path if parameter.endswith(".weight") else parameter
     module = graph.model.get_submodule(path)
     return parameter if next(module.children(), None) is not None or not path else path
 

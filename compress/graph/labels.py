@@ -119,6 +119,9 @@ class LabelSpace:
         for labels, _ in self._created:
             attached[labels] = False
         attached[root[np.flatnonzero(attached)]] = True
+        for equal in self.equal_parts:  # the states of several layers have one size
+            if attached[root[equal.parts]].any():
+                attached[root[equal.parts]] = True
         for labels, node in self._created:
             if not attached[root[labels]].any():
                 self.pin(labels, node, "is made with a size that no layer has")

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from compress.errors import TraceError
 from compress.graph.jumps import Jumps
 from compress.graph.trace import Recorder, Trace, tensors_in
+from compress.modules import standing_in
 
 # What torch keeps of a module: parameters, hooks and the like.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
@@ -173,7 +174,8 @@ def run_recorded(
     for index, tensor in enumerate(tensors_in((args, kwargs))):
         recorder.placeholder(index, tensor)
     kept = state_kept(model, values=not on_meta)
-    with torch.no_grad(), rng_kept(), kept, _eager(), _module_paths(model, recorder):
+    paths = _module_paths(model, recorder)
+    with torch.no_grad(), rng_kept(), kept, standing_in(model), _eager(), paths:
         for mode in (False, True) if training else (False,):
             with evaluating(model, mode):
                 if on_meta:
@@ -247,6 +249,7 @@ def _whole_trace(model: nn.Module, dummy_input: Any, recorder: Recorder, on_meta
         nodes=list(recorder.graph.nodes),
         leaves=recorder.leaves,
         outputs=recorder.outputs,
+        effects=recorder.effects,
         size_reads=recorder.size_reads,
         on_meta=on_meta,
         training=training,

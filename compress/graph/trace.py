@@ -87,6 +87,8 @@ class Trace:
     (the path it ran in) and ``source`` (``(file, line)``); a leaf's holds its ``tensor``.
     ``leaves`` maps parameter and buffer paths to their nodes, where the run used them.
     ``size_reads`` lists the tensors whose sizes Python code looked at, with the module that did.
+    ``effects`` are the calls that count though nothing may use their output: they wrote a tensor in
+    place, or Python code looked at a value.
     ``training`` is true where the run in train mode was added, ``partial`` where that broke off.
     ``complete`` is false where tensors went through code that the mode cannot see.
     ``jumps`` are the calls, in a run on real tensors, whose results rounding can flip.
@@ -96,12 +98,23 @@ class Trace:
     nodes: list[fx.Node]
     leaves: dict[str, fx.Node]
     outputs: list[fx.Node]
+    effects: list[fx.Node]
     size_reads: list[tuple[fx.Node, str]]
     on_meta: bool
     training: bool
     partial: bool
     complete: bool
     jumps: list[Jump]
+
+    def used(self) -> set[fx.Node]:
+        """The nodes that outputs and effects come from; the others are computed for nothing."""
+        found = set(self.outputs) | set(self.effects)
+        stack = list(found)
+        while stack:
+            news = [node for node in stack.pop().all_input_nodes if node not in found]
+            found.update(news)
+            stack += news
+        return found
 
     def networkx(self) -> nx.DiGraph:
         """The same graph as a ``networkx.DiGraph`` from producer to consumer."""
@@ -124,6 +137,7 @@ class Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self.leaves: dict[str, fx.Node] = {}
         self.outputs: list[fx.Node] = []
+        self.effects: list[fx.Node] = []
         self.size_reads: list[tuple[fx.Node, str]] = []
         self.complete = True
         self.partial = False
@@ -137,8 +151,11 @@ class Recorder(TorchFunctionMode):
     # -- leaves ----------------------------------------------------------------------------
 
     def announce(self, path: str, stand_in: torch.Tensor, tensor: torch.Tensor, kind: str) -> None:
-        """Name a parameter or buffer; its node is made when it is first used."""
-        self._announced[id(stand_in)] = (path, tensor, kind)
+        """Name a parameter or buffer; its node is made when it is first used.
+
+        The first name counts: a module may hold its parameters in a plain list as well.
+        """
+        self._announced.setdefault(id(stand_in), (path, tensor, kind))
         self._sharing.setdefault(_memory(stand_in), []).append(stand_in)
 
     def placeholder(self, index: int, stand_in: torch.Tensor) -> None:
@@ -186,7 +203,7 @@ class Recorder(TorchFunctionMode):
         elif any(True for _ in tensors_in(result)):
             self._register_many(self._call(name, func, *node_args), result)
         elif result is not None and any(isinstance(a, fx.Node) for a in node_args[0]):
-            self._call("read_value", read_value, *node_args)
+            self.effects.append(self._call("read_value", read_value, *node_args))
 
     def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> fx.Node:
         node = self.graph.create_node("call_function", func, args, kwargs, name=name)
@@ -218,6 +235,7 @@ class Recorder(TorchFunctionMode):
         for other in self._sharing.get(_memory(tensor), ()):
             if other is not tensor:
                 self._written[id(other)] = node
+        self.effects.append(node)
         self._register(node, tensor)
 
     # -- looking up ------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from compress.rules import (
     indexing,
     movement,
     normalization,
+    recurrent,
     reduction,
     statistics,
+    transforms,
 )
 from compress.rules.registry import RULES, Rule, rule, rule_for
 
@@ -23,8 +25,10 @@ __all__ = [
     "indexing",
     "movement",
     "normalization",
+    "recurrent",
     "reduction",
     "rule",
     "rule_for",
     "statistics",
+    "transforms",
 ]

@@ -6,7 +6,8 @@ a position may go where either side is known to be 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,19 +56,21 @@ def zero_positions(known: Knowledge, node: fx.Node, axis: int) -> np.ndarray:
     return np.asarray((per_position(value, axis, size) == 0).numpy())
 
 
-@rule("matmul", "bmm", "mm", "addmm")
+@rule("matmul", "bmm", "mm", "addmm", "baddbmm")
 class MatMul(Contraction):
     """``x @ weight`` with a parameter of shape (in, out), or a product of two activations."""
 
     def operands(self, call: Call) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-        if call.name == "addmm":
+        if call.name in ("addmm", "baddbmm"):
             return call.arg(1, "mat1"), call.arg(2, "mat2"), call.arg(0, "input")
         second = call.arg(1, "other", call.node.kwargs.get("mat2"))
         return call.first, second, None
 
     def has_weight(self, call: Call) -> bool:
         x, other, bias = self.operands(call)
-        simple = call.name != "addmm" or (len(call.node.args) + len(call.node.kwargs) == 3)
+        simple = call.name in ("matmul", "bmm", "mm") or (
+            len(call.node.args) + len(call.node.kwargs) == 3
+        )
         plain_bias = bias is None or len(shape_of(bias)) == 1
         return (other.op == "get_attr" and len(shape_of(other)) == 2 and len(shape_of(x)) > 1) and (
             simple and plain_bias
@@ -77,32 +80,42 @@ class MatMul(Contraction):
         x, weight, bias = self.operands(call)
         return Geometry(x, weight, bias, 1, channel=-1, weight_in=0, weight_out=1, at_border=False)
 
-    def makes(self, call: Call) -> Units | None:
-        return super().makes(call) if self.has_weight(call) else None
+    def makes(self, call: Call) -> list[Units]:
+        return super().makes(call) if self.has_weight(call) else []
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         if self.has_weight(call):
             return super().labels(call, axes, space)
         a, b, bias = self.operands(call)
-        if bias is not None or len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
+        if len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
             return OPAQUE.labels(call, axes, space)
         space.tie(axes(a)[-1], axes(b)[-2], call.node, f"is summed over in {call.name}")
         lead: Axes = ()
         if len(call.shape) > 2:
             lead = tie_broadcast([(a, axes(a)[:-2]), (b, axes(b)[:-2])], call, space)
-        return (*lead, axes(a)[-2], axes(b)[-1])
+        product = [*lead, axes(a)[-2], axes(b)[-1]]
+        if bias is None:
+            return tuple(product)
+        for i in range(-len(shape_of(bias)), 0):
+            if shape_of(bias)[i] > 1:
+                reason = f"is added in {call.name}"
+                product[i] = space.tie(product[i], axes(bias)[i], call.node, reason)
+        return tuple(product)
 
     def value(self, call: Call, known: Knowledge) -> Value:
         if self.has_weight(call):
             return super().value(call, known)
         a, b, bias = self.operands(call)
-        if bias is not None or len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
+        if len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
             return None
         zero = torch.zeros((), dtype=torch.bool)
         for node, summed in ((a, -1), (b, -2)):
             value = known.value(node)
             if value is not None and value.is_floating_point():
                 zero = zero | (value == 0).all(summed, keepdim=True)
+        if bias is not None:
+            added = known.value(bias)
+            zero = zero & (torch.tensor(False) if added is None else added == 0)
         if not bool(zero.any()):
             return None
         return torch.where(zero, 0.0, torch.nan).double()
@@ -114,8 +127,8 @@ class MatMul(Contraction):
         if self.has_weight(call):
             yield from super().reads(call, known, live)
             return
-        a, b, bias = self.operands(call)
-        if bias is not None or len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
+        a, b, _ = self.operands(call)
+        if len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
             return
         yield from summed_reads(known, [(a, -1), (b, -2)])
 
@@ -171,8 +184,10 @@ class Attention(Rule):
         # The weights of each row sum up to 1: what is the same at all places comes out as it is.
         q, _, v = self.operands(call)
         value = known.value(v)
-        if value is None or value.shape[-2] > 1:
+        if value is None:
             return None
+        first = value[..., :1, :]
+        value = torch.where((value == first).all(-2, keepdim=True), first, torch.nan)
         if call.node.kwargs.get("enable_gqa") and value.shape[-3] > 1:
             value = value.repeat_interleave(shape_of(q)[-3] // shape_of(v)[-3], -3)
         masked = call.arg(3, "attn_mask") is not None  # a row that is all masked gives 0, or NaN
@@ -181,6 +196,23 @@ class Attention(Rule):
     def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
         q, k, _ = self.operands(call)
         yield from summed_reads(known, [(q, -1), (k, -1)])
+
+
+def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """Letters of each operand and of the output, with letters for ``...`` and what is implied."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    letters = left.split(",")
+    if not arrow:  # the letters that are there once, in order
+        once = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
+        out = ("..." if "..." in left else "") + "".join(once)
+    free = "".join(c for c in ascii_letters if c not in left)
+    hidden = [rank - len(x) + 3 for x, rank in zip(letters, ranks, strict=False) if "..." in x]
+    width = max(hidden, default=0)
+    for i, names in enumerate(letters):
+        if "..." in names:
+            own = ranks[i] - len(names) + 3
+            letters[i] = names.replace("...", free[width - own : width])
+    return letters, out.replace("...", free[:width])
 
 
 @rule("einsum")
@@ -194,10 +226,10 @@ class Einsum(Rule):
         operands = (
             list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
         )
-        if not isinstance(equation, str) or "->" not in equation or "..." in equation:
+        if not isinstance(equation, str):
             return None
-        left, _, out = equation.replace(" ", "").partition("->")
-        letters = left.split(",")
+        ranks = [len(shape_of(node)) for node in operands if isinstance(node, fx.Node)]
+        letters, out = spelled_out(equation, ranks)
         if len(letters) != len(operands) or any(len(set(x)) != len(x) for x in (*letters, out)):
             return None
         return letters, out, list(operands)
@@ -230,9 +262,9 @@ class Einsum(Rule):
                 continue
             passing = [names.index(name) for name in out if name in names]
             summed = [i for i in range(len(names)) if i not in passing]
-            moved = (value == 0).permute([*passing, *summed]).flatten(len(passing))
+            moved = (value == 0).permute([*passing, *summed])
             shape = [value.shape[names.index(name)] if name in names else 1 for name in out]
-            zero = zero | (moved.all(-1) if summed else moved).reshape(shape)
+            zero = zero | (moved.flatten(len(passing)).all(-1) if summed else moved).reshape(shape)
         return torch.where(zero, 0.0, torch.nan).double() if bool(zero.any()) else None
 
     def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
@@ -249,18 +281,23 @@ class Einsum(Rule):
             yield from summed_reads(known, sides)
 
 
-@rule("embedding")
+@rule("embedding", "embedding_bag")
 class Embedding(Rule):
-    """Rows of a table (entries, features) by number: the features pass, the entries stay."""
+    """Rows of a table (entries, features) by number: the features pass, the entries stay.
+
+    A bag is the sum, mean or maximum of several rows.
+    """
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
-        index, table = call.arg(0, "input"), call.arg(1, "weight")
-        space.pin_all(axes(index), call.node, "looks up an embedding")
+        table = call.arg(1, "weight")
+        for node in call.inputs:
+            if node is not table:
+                space.pin_all(axes(node), call.node, "looks up an embedding")
         space.pin(axes(table)[0], call.node, "is an entry of an embedding")
         if call.arg(3, "max_norm") is not None:
             space.pin(axes(table)[1], call.node, "is renormalised by an embedding")
             return (None,) * len(call.shape)
-        return (*[None] * len(shape_of(index)), axes(table)[1])
+        return (*[None] * (len(call.shape) - 1), axes(table)[1])
 
     def value(self, call: Call, known: Knowledge) -> Value:
         table = call.arg(1, "weight")
@@ -272,5 +309,5 @@ class Embedding(Rule):
             None if bool(used.all()) else torch.where(used, torch.nan, 0.0).double().reshape(shape)
         )
 
-    def makes(self, call: Call) -> Units:
-        return Units(call.arg(1, "weight"), 1, -1, call.arg(0, "input"))
+    def makes(self, call: Call) -> list[Units]:
+        return [Units(call.arg(1, "weight"), 1, -1, call.arg(0, "input"))]

@@ -55,9 +55,9 @@ class Contraction(Rule):
     def geometry(self, call: Call) -> Geometry:
         raise NotImplementedError
 
-    def makes(self, call: Call) -> Units | None:
+    def makes(self, call: Call) -> list[Units]:
         g = self.geometry(call)
-        return Units(g.weight, g.weight_out, g.channel, g.x)
+        return [Units(g.weight, g.weight_out, g.channel, g.x)]
 
     # -- labels ----------------------------------------------------------------------------
 
@@ -141,13 +141,12 @@ class Contraction(Rule):
         matrix, constants = self.matrix(g, known), self.constants(g, known)
         rows = busy = matrix.any(1)  # rows with any weight: the others give their bias
         if constants is not None:
-            moved = g.at_border or g.weight.op != "get_attr"  # their sums are not known
-            unknown = np.isnan(constants) | (moved & (constants != 0))
+            unknown = np.isnan(constants) | (g.at_border & (constants != 0))
             rows = _by_group(matrix, unknown, g.groups).any(1)
         if rows.all():
             return None
         result = np.where(rows, np.nan, 0.0)
-        if constants is not None and not moved and (busy & ~rows).any():
+        if constants is not None and not g.at_border and (busy & ~rows).any():
             filled = np.where(np.isnan(constants), 0.0, constants)
             result += _by_group(self.sums(g, known), filled, g.groups).sum(1)
         if g.bias is not None:
@@ -302,3 +301,56 @@ class Linear(Contraction):
             call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias"), 1,
             channel=-1, weight_in=1, weight_out=0, at_border=False,
         )  # fmt: skip
+
+
+@rule("bilinear")
+class Bilinear(Rule):
+    """x1 · weight · x2 + bias; weight: (out, in1, in2)."""
+
+    def sides(self, call: Call) -> list[tuple[fx.Node, int]]:
+        """Each input with its axis of the weight."""
+        return [(call.arg(0, "input1"), 1), (call.arg(1, "input2"), 2)]
+
+    def makes(self, call: Call) -> list[Units]:
+        return [Units(call.arg(2, "weight"), 0, -1, call.arg(0, "input1"))]
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        weight, bias, lead = axes(call.arg(2, "weight")), call.arg(3, "bias"), []
+        for node, axis in self.sides(call):
+            space.tie(axes(node)[-1], weight[axis], call.node, "feeds bilinear as a fixed size")
+            lead.append(axes(node)[:-1])
+        out = weight[0]
+        if bias is not None:
+            out = space.tie(out, axes(bias)[0], call.node, "has a fixed bias")
+        reason = "meets a fixed size in bilinear"
+        return (*(space.tie(a, b, call.node, reason) for a, b in zip(*lead, strict=True)), out)
+
+    def busy(self, call: Call, known: Knowledge) -> np.ndarray:
+        """Bool (out, in1, in2): whether a product counts; an input that is 0 adds nothing."""
+        found: np.ndarray = (known.leaf(call.arg(2, "weight")) != 0).cpu().numpy()
+        for node, axis in self.sides(call):
+            value = known.value(node)
+            if value is not None:
+                zero = per_position(value, -1, shape_of(node)[-1]).numpy() == 0
+                found = found & ~(zero[None, :, None] if axis == 1 else zero[None, None, :])
+        return found
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        rows: np.ndarray = np.any(self.busy(call, known), axis=(1, 2))
+        bias = call.arg(3, "bias")
+        known_bias = torch.zeros(len(rows)) if bias is None else known.value(bias)
+        if rows.all() or known_bias is None:
+            return None
+        result = torch.where(torch.from_numpy(rows), torch.nan, known_bias.double())
+        return along(result, -1, len(call.shape))
+
+    def live(self, call: Call, decision: Decision) -> np.ndarray:
+        return decision.live(call.node, -1)
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        assert live is not None
+        busy = self.busy(call, known)[live].any(0)
+        for node, axis in self.sides(call):
+            labels = known.axis(node, -1)
+            if labels is not None:
+                yield Read(labels, busy.any(2 - axis))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from compress.graph.labels import Axes, LabelSpace
 from compress.rules.registry import Call, Rule, Value, no_axes, rule
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
 
 AxesOf = Callable[[Any], Axes]
+
+
+def is_zeros(node: fx.Node) -> bool:
+    """Whether a node makes a tensor of zeros by its sizes: its positions are all alike."""
+    return node.meta["name"] in ("zeros", "new_zeros")
 
 
 @rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")

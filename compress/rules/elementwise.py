@@ -14,7 +14,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from compress.graph.labels import Axes, Axis, LabelSpace
+from compress.graph.labels import Axes, Axis, EqualParts, LabelSpace
+from compress.graph.shapes import normal_axis
 from compress.rules.registry import OPAQUE, Call, Rule, Value, rule, shape_of
 
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ sigmoid log_sigmoid tanh softplus softsign tanhshrink softshrink hardshrink thre
 log log1p log2 log10 sqrt rsqrt square abs absolute neg negative positive sign sgn sin cos tan asin
 acos atan sinh cosh asinh acosh atanh arctan erf erfc round floor ceil trunc frac reciprocal clamp
 clip clamp_min clamp_max pow nan_to_num logit isnan isinf isfinite logical_not bitwise_not invert
-sinc float_power""".split()
+sinc float_power rrelu deg2rad rad2deg xlogy i0 erfinv lgamma digamma
+conj conj_physical""".split()
 BINARY = """add sub rsub subtract mul multiply div divide true_divide rdiv floor_divide rfloordiv
 floordiv remainder fmod rpow maximum minimum fmax fmin atan2 where addcmul addcdiv lerp masked_fill
 eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor and or
-xor""".split()
-IDENTITY = """clone contiguous detach to float double half bfloat16 type_as cuda cpu data
+xor heaviside copysign hypot logaddexp""".split()
+IDENTITY = """clone detach to float double half bfloat16 bool int long type_as cuda cpu data
 requires_grad dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout
 feature_alpha_dropout resolve_conj resolve_neg""".split()
 
@@ -103,7 +105,7 @@ def run_on_values(call: Call, known: Knowledge) -> Value:
     filled: dict[fx.Node, torch.Tensor] = {}
     for node, value in operands.items():
         if value is None:
-            if not node.meta["dtype"].is_floating_point:
+            if not (node.meta["dtype"].is_floating_point or node.meta["dtype"] == torch.bool):
                 return None
             value = torch.full((1,) * len(shape_of(node)), torch.nan, dtype=torch.float64)
         if value.numel() > LARGEST_VALUE:
@@ -111,11 +113,15 @@ def run_on_values(call: Call, known: Knowledge) -> Value:
         if value.is_floating_point():
             unknown = unknown | value.isnan()
             value = torch.where(value.isnan(), 0.0, value)
+            # Of a condition it is known for some positions: 0, 1 or NaN.
+            value = value.bool() if node.meta["dtype"] == torch.bool else value
         filled[node] = value
     args = fx.node.map_arg(call.node.args, lambda n: filled[n])
     kwargs = fx.node.map_arg(call.node.kwargs, lambda n: filled[n])
     kwargs = {k: v for k, v in kwargs.items() if k not in ("inplace", "out", "dtype")}
     result = function_of(call)(*args, **kwargs)
+    if result.dtype == torch.bool and bool(unknown.any()):
+        result = result.double()
     if not result.is_floating_point():
         return None if bool(unknown.any()) else result
     return _with_unknown(result, unknown)
@@ -138,10 +144,6 @@ class Elementwise(Rule):
         return tied_axes(call.inputs, axes, call, space)
 
     def value(self, call: Call, known: Knowledge) -> Value:
-        if not call.node.meta["dtype"].is_floating_point and any(
-            known.value(n) is None for n in call.inputs
-        ):
-            return None
         result = run_on_values(call, known)
         if call.name in _PRODUCTS | _QUOTIENTS:
             return _zero_times_unknown(call, known, result)
@@ -209,9 +211,19 @@ class Identity(Rule):
 
     def value(self, call: Call, known: Knowledge) -> Value:
         value = known.value(call.first)
-        if value is None or value.is_floating_point() == call.node.meta["dtype"].is_floating_point:
+        dtype = call.node.meta["dtype"]
+        if value is None or value.is_floating_point() == dtype.is_floating_point:
             return value
+        if value.is_floating_point() and (dtype.is_complex or dtype == torch.bool):
+            return torch.where(value == 0, value, torch.nan)
         return None if bool(value.isnan().any()) else value.to(call.node.meta["dtype"])
+
+
+@rule("contiguous")
+class Contiguous(Identity):
+    """A copy, or its very input where that lies in order already: with one head left, say."""
+
+    vanishes = True
 
 
 @rule("prelu")
@@ -234,3 +246,30 @@ class PReLU(Rule):
             return None
         slope = slope.reshape(1, -1, *[1] * (value.dim() - 2)) if value.dim() > 1 else slope
         return torch.where(value >= 0, value, slope * value)
+
+
+@rule("glu")
+class GatedLinearUnit(Rule):
+    """One half of an axis times the sigmoid of the other: both lose the same positions."""
+
+    def sized(self, call: Call) -> bool:
+        return True
+
+    def dim(self, call: Call) -> int:
+        return normal_axis(call.arg(1, "dim", -1), len(call.shape))
+
+    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
+        given, dim = list(axes(call.first)), self.dim(call)
+        axis = given[dim]
+        if axis is not None:
+            halves = axis.reshape(2, -1)
+            space.equal_parts.append(EqualParts(halves, call.node))
+            given[dim] = space.tie(halves[0], halves[1], call.node, "glu")
+        return tuple(given)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value, dim = known.value(call.first), self.dim(call)
+        if value is None:
+            return None
+        a, b = (value, value) if value.shape[dim] == 1 else value.chunk(2, dim)
+        return torch.where(a == 0, 0.0, a * b.sigmoid())

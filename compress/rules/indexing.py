@@ -1,4 +1,4 @@
-"""Reading and writing parts of tensors: basic indices, tensors as indices, picks along one axis.
+"""Reading and writing parts of tensors: indices, picks along one axis, diagonals, windows.
 
 An axis that is taken whole keeps its labels. One of which positions are named stays as it is.
 """
@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.shapes import normal_axis
-from compress.rules.registry import OPAQUE, Call, Rule, Value, no_axes, rule, shape_of
+from compress.rules.movement import reshape_axes
+from compress.rules.registry import OPAQUE, Call, Rule, Value, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -202,17 +204,124 @@ class SetItem(Rule):
 
 @rule("narrow", "select", "index_select", "gather", "take_along_dim")
 class Pick(Rule):
-    """Positions of one axis by number: that axis stays as it is."""
+    """Positions of one axis by number; the indices of ``gather`` go along with the other axes."""
+
+    def dim(self, call: Call) -> int:
+        at = 2 if call.name == "take_along_dim" else 1
+        return normal_axis(call.arg(at, "dim"), len(shape_of(call.first)))
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
-        given = list(axes(call.first))
-        dim = normal_axis(call.arg(1, "dim"), len(given))
+        given, dim = list(axes(call.first)), self.dim(call)
         space.pin(given[dim], call.node, f"is picked from by {call.name}")
         given[dim] = None
         if call.name in ("gather", "take_along_dim"):
-            for node in call.inputs:
-                space.pin_all(axes(node), call.node, f"is picked from by {call.name}")
-            return no_axes(call.shape)  # type: ignore[no-any-return]
+            return self._gathered(call, given, dim, axes, space)
+        for node in call.inputs[1:]:
+            space.pin_all(axes(node), call.node, f"says what {call.name} picks")
         if call.name == "select":
             del given[dim]
         return tuple(given)
+
+    def _gathered(
+        self, call: Call, given: list[Axis], dim: int, axes: AxesOf, space: LabelSpace
+    ) -> Axes:
+        index = call.arg(1 if call.name == "take_along_dim" else 2, "index")
+        index = call.node.kwargs.get("indices", index)
+        reason, before = f"is picked from by {call.name}", shape_of(call.first)
+        for i, axis in enumerate(axes(index)):
+            size = shape_of(index)[i]
+            if i != dim and size == before[i]:
+                given[i] = space.tie(given[i], axis, call.node, reason)
+            elif i == dim or size > 1 or call.name == "gather":
+                space.pin_all((given[i], axis), call.node, reason)
+                given[i] = None
+        return tuple(given)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value, dim = known.value(call.first), self.dim(call)
+        if value is None or value.shape[dim] > 1:
+            return None
+        return value.squeeze(dim) if call.name == "select" else value
+
+
+@rule("diagonal")
+class Diagonal(Rule):
+    """The diagonal of two axes, as a new last axis."""
+
+    def dims(self, call: Call) -> set[int]:
+        ndim = len(shape_of(call.first))
+        return {
+            normal_axis(call.arg(2, "dim1", 0), ndim),
+            normal_axis(call.arg(3, "dim2", 1), ndim),
+        }
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given, dims = axes(call.first), self.dims(call)
+        space.pin_all((given[d] for d in dims), call.node, "is what diagonal is taken of")
+        return (*(axis for i, axis in enumerate(given) if i not in dims), None)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value, dims = known.value(call.first), self.dims(call)
+        if value is None or any(value.shape[d] > 1 for d in dims):
+            return None
+        return value.reshape([*(s for i, s in enumerate(value.shape) if i not in dims), 1])
+
+
+@rule("unfold")
+class Windows(Rule):
+    """``F.unfold``: (N, C, H, W) to (N, C · window, places); ``Tensor.unfold``: a new last axis."""
+
+    def sized(self, call: Call) -> bool:
+        return True
+
+    def columns(self, call: Call) -> bool:
+        return len(call.shape) <= len(shape_of(call.first))
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given = list(axes(call.first))
+        if self.columns(call):
+            space.pin_all(given[-2:], call.node, "is a place that unfold takes windows of")
+            window = call.shape[-2] // shape_of(call.first)[-3]
+            channels = given[-3]
+            return (*given[:-3], None if channels is None else np.repeat(channels, window), None)
+        dim = normal_axis(call.arg(1, "dimension"), len(given))
+        space.pin(given[dim], call.node, "is a place that unfold takes windows of")
+        given[dim] = None
+        return (*given, None)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value = known.value(call.first)
+        if value is None:
+            return None
+        if not self.columns(call):
+            dim = normal_axis(call.arg(1, "dimension"), value.dim())
+            return None if value.shape[dim] > 1 else value.unsqueeze(-1)
+        if value.shape[-1] > 1 or value.shape[-2] > 1:
+            return None
+        if call.arg(3, "padding", 0) not in (0, (0, 0)):
+            value = torch.where(value == 0, value, torch.nan)
+        window = call.shape[-2] // shape_of(call.first)[-3]
+        return value.flatten(-2).repeat_interleave(window if value.shape[-3] > 1 else 1, -2)
+
+
+@rule("fold")
+class Fold(Rule):
+    """(N, C · window, places) to (N, C, H, W), summed where windows overlap."""
+
+    def sized(self, call: Call) -> bool:
+        return True
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given, before = axes(call.first), shape_of(call.first)
+        space.pin(given[-1], call.node, "is a place that fold sums up")
+        middle = (*before[:-2], call.shape[-3], before[-2] // call.shape[-3], before[-1])
+        split = reshape_axes(given, before, middle, call, space)
+        space.pin(split[-2], call.node, "is a place in the windows of fold")
+        return (*split[:-2], None, None)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value = known.value(call.first)
+        if value is None or value.shape[-2] == 1:
+            return None
+        zero = (value == 0).all(-1).reshape(*value.shape[:-2], call.shape[-3], -1).all(-1)
+        return torch.where(zero, 0.0, torch.nan).double()[..., None, None]

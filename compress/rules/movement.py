@@ -11,7 +11,7 @@ from torch import fx
 
 from compress.graph.labels import Axes, Axis, EqualParts, LabelSpace
 from compress.graph.shapes import normal_axis, numel, regroup, reshape_compact
-from compress.rules.registry import Call, Rule, Value, rule, shape_of
+from compress.rules.registry import OPAQUE, Call, Rule, Value, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -156,6 +156,16 @@ class Stack(Rule):
         result.insert(dim, None)
         return tuple(result)
 
+    def value(self, call: Call, known: Knowledge) -> Value:
+        dim = normal_axis(call.arg(1, "dim", 0), len(call.shape))
+        ndim, values = len(call.shape) - 1, [known.value(t) for t in call.arg(0, "tensors")]
+        if all(value is None for value in values):
+            return None
+        unknown = torch.full((1,) * ndim, torch.nan, dtype=torch.float64)
+        filled = [unknown if value is None else value for value in values]
+        size = [max(sizes) for sizes in zip(*(value.shape for value in filled), strict=True)]
+        return torch.stack([value.expand(size) for value in filled], dim)
+
 
 @rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
 class Split(Rule):
@@ -239,18 +249,29 @@ class Expand(Rule):
         return value.reshape([1] * (len(call.shape) - value.dim()) + list(value.shape))
 
 
-@rule("flip", "roll", "fliplr", "flipud")
+@rule("flip", "roll", "fliplr", "flipud", "rot90", "tril", "triu")
 class Reorder(Rule):
-    """Another order along axes; a labelled axis may be turned round, but not rolled."""
+    """Another order along axes, or a part set to 0; a labelled axis may only be turned round."""
+
+    def moved(self, call: Call) -> list[int]:
+        """The axes that the function works along."""
+        ndim, dims = len(call.shape), call.arg(2, "dims", ())
+        if call.name in ("tril", "triu"):
+            return [ndim - 2, ndim - 1]
+        if call.name == "flip":
+            dims = call.rest(1, "dims")
+        elif call.name in ("fliplr", "flipud"):
+            dims = int(call.name == "fliplr")
+        elif call.name == "rot90":
+            dims = dims or (0, 1)
+        dims = (dims,) if isinstance(dims, int) else dims
+        return [normal_axis(d, ndim) for d in dims] or list(range(ndim))
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         given = list(axes(call.first))
-        dims = call.rest(1, "dims") if call.name == "flip" else call.arg(2, "dims", ())
-        dims = {"fliplr": 1, "flipud": 0}.get(call.name, dims)
-        moved = [dims] if isinstance(dims, int) else list(dims or range(len(given)))
-        for dim in (normal_axis(d, len(given)) for d in moved):
+        for dim in self.moved(call):
             axis = given[dim]
-            if call.name != "roll" and axis is not None:
+            if call.name.startswith("flip") and axis is not None:
                 given[dim] = np.ascontiguousarray(axis[::-1])
             else:
                 space.pin(axis, call.node, f"changes places in {call.name}")
@@ -258,28 +279,50 @@ class Reorder(Rule):
         return tuple(given)
 
     def value(self, call: Call, known: Knowledge) -> Value:
-        value = known.value(call.first)
-        if value is None or call.name.startswith("flip"):
-            order = {"fliplr": (1,), "flipud": (0,)}.get(call.name) or call.rest(1, "dims")
-            return None if value is None else value.flip(order)
-        dims = call.arg(2, "dims", ())
-        return None if dims == () else value.roll(call.arg(1, "shifts"), dims)
+        value, moved = known.value(call.first), self.moved(call)
+        if value is None:
+            return None
+        if call.name.startswith("flip"):
+            return value.flip(moved)
+        if any(value.shape[dim] > 1 for dim in moved):
+            return None
+        return torch.where(value == 0, value, torch.nan) if call.name[:3] == "tri" else value
 
 
-@rule("repeat", "tile")
+@rule("repeat", "tile", "repeat_interleave")
 class Repeat(Rule):
-    """Copies of the whole axis one after another."""
+    """Copies of an axis: of the whole one after another, or of each position."""
 
     def sized(self, call: Call) -> bool:
         return True
 
-    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
-        given, before = axes(call.first), shape_of(call.first)
+    def copies(self, call: Call) -> list[int]:
+        """How many there are of each axis of the input."""
+        before = shape_of(call.first)
         new = len(call.shape) - len(before)
-        result: list[Axis] = [None] * new
-        for axis, size, total in zip(given, before, call.shape[new:], strict=True):
-            result.append(None if axis is None or size == 0 else np.tile(axis, total // size))
-        return tuple(result)
+        return [t // s if s else 1 for s, t in zip(before, call.shape[new:], strict=True)]
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        given, each = axes(call.first), call.name == "repeat_interleave"
+        regular = isinstance(call.arg(1, "repeats"), int) and call.arg(2, "dim") is not None
+        if each and not regular:
+            return OPAQUE.labels(call, axes, space)  # type: ignore[no-any-return]
+        new: list[Axis] = [None] * (len(call.shape) - len(given))
+        copy = np.repeat if each else np.tile
+        pairs = zip(given, self.copies(call), strict=True)
+        return (*new, *(None if axis is None else copy(axis, times) for axis, times in pairs))
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        value = known.value(call.first)
+        if value is None:
+            return None
+        for axis, times in enumerate(self.copies(call)):
+            if times > 1 and value.shape[axis] > 1:
+                if call.name == "repeat_interleave":
+                    value = value.repeat_interleave(times, axis)
+                else:
+                    value = torch.cat([value] * times, axis)
+        return value.reshape([1] * (len(call.shape) - value.dim()) + list(value.shape))
 
 
 @rule("pad")
@@ -309,12 +352,16 @@ class Pad(Rule):
         value, widths = known.value(call.first), self.widths(call)
         if value is None or not widths:
             return value
-        if any(value.shape[dim] > 1 for dim in widths):
-            return None
-        if call.arg(2, "mode", "constant") != "constant":
-            return value
-        fill = call.arg(3, "value") or 0.0
-        return torch.where(value == fill, value, torch.nan)
+        constant, fill = call.arg(2, "mode", "constant") == "constant", call.arg(3, "value") or 0.0
+        for dim, width in widths.items():
+            if value.shape[dim] == 1 and call.shape[dim] > 1:
+                value = torch.where(value == fill, value, torch.nan) if constant else value
+            elif constant:
+                flat = [0] * (2 * (value.dim() - 1 - dim)) + list(width)
+                value = torch.nn.functional.pad(value, flat, value=fill)
+            else:
+                return None
+        return value
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
@@ -361,3 +408,30 @@ class Shuffle(Rule):
             return None
         moved = reshape_compact(value, shape_of(call.first), middle).permute(order)
         return reshape_compact(moved, tuple(middle[i] for i in order), call.shape)
+
+
+@rule("pack_padded_sequence", "pad_packed_sequence")
+class Pack(Rule):
+    """Sequences of several lengths, (steps, batch, …), as one list, (steps · batch, …), and back.
+
+    Gives the lengths, too. The features pass; the steps and the batch stay.
+    """
+
+    def leading(self, call: Call) -> int:
+        """How many leading axes of the input are steps and places in the batch."""
+        return 2 if call.name == "pack_padded_sequence" else 1
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> tuple[Axes, ...]:
+        given, leading = axes(call.first), self.leading(call)
+        for axis in given[:leading]:
+            space.pin(axis, call.node, f"is a step, or a place in the batch, of {call.name}")
+        return (*[None] * (3 - leading), *given[leading:]), (None,)
+
+    def value(self, call: Call, known: Knowledge) -> Any:
+        value, leading = known.value(call.first), self.leading(call)
+        if value is None or any(s > 1 for s in value.shape[:leading]):
+            return None
+        value = value.reshape([1] * (3 - leading) + list(value.shape[leading:]))
+        if leading == 1:  # what pads is another constant
+            value = torch.where(value == call.arg(3, "padding_value"), value, torch.nan)
+        return value, None

@@ -107,11 +107,14 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """New units: along ``axis`` of the call's output, and along ``weight_axis`` of its weight."""
+    """New units: along ``axis`` of the call's output, and along ``weight_axis`` of its weight.
+
+    ``axis`` is None where no single axis of the output holds them (the gates of an LSTM).
+    """
 
     weight: fx.Node
     weight_axis: int
-    axis: int
+    axis: int | None
     source: fx.Node
 
 
@@ -119,12 +122,21 @@ class Rule:
     """The default is the safest thing: nothing known, everything read.
 
     ``positional``: an output position depends on the inputs at that position alone, so that where
-    the output is known or not read, the inputs are not read either. ``slides``: what follows the
-    first two axes of a tensor are places, or the extent of a kernel, which cannot shrink.
+    the output is known or not read, the inputs are not read either.
+
+    ``slides``: what follows the first two axes of a tensor are places, or the extent of a kernel,
+    which cannot shrink.
+
+    ``any_size``: the call runs whatever the sizes of its inputs, so that what it pins counts only
+    where its output is used.
+
+    ``vanishes``: the call may give its very input back, so that a run does not record it.
     """
 
     positional = False
     slides = False
+    any_size = False
+    vanishes = False
 
     def sized(self, call: Call) -> bool:
         """Whether sizes are among the call's arguments, so that the code must count them anew."""
@@ -138,9 +150,9 @@ class Rule:
         """For calls that take a list of sizes: that list, for outputs of these shapes."""
         return []
 
-    def makes(self, call: Call) -> Units | None:
-        """For calls that make new units (channels, features) with a weight: where they lie."""
-        return None
+    def makes(self, call: Call) -> list[Units]:
+        """For calls that make new units (channels, features) with weights: where they lie."""
+        return []
 
     def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Any:
         """Axes of the output (a tuple of them for several outputs)."""

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from compress.graph.labels import Axes, LabelSpace
-from compress.layers import CountedLayerNorm
+from compress.modules import CountedLayerNorm
 from compress.rules.attention import zero_positions
 from compress.rules.elementwise import IDENTITY
 from compress.rules.reduction import Reduction
@@ -35,38 +35,6 @@ def _nonzero_reads(node: fx.Node, axis: int, known: Knowledge) -> Iterator[Read]
     labels = known.axis(node, axis)
     if labels is not None:
         yield Read(labels, ~zero_positions(known, node, axis))
-
-
-@rule("sum", "norm", "normalize", "vector_norm", "linalg_vector_norm", "linalg_norm")
-class Sum(Reduction):
-    """Sums of values or of their powers: zeros add nothing."""
-
-    def _ignores_zeros(self, call: Call) -> bool:
-        if call.name == "sum":
-            return True
-        power = call.arg(1, "p" if call.name in ("norm", "normalize") else "ord", 2)
-        return power in ("fro", None) or (isinstance(power, (int, float)) and power > 0)
-
-    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
-        if not self._ignores_zeros(call) or len(call.inputs) > 1:
-            return super().labels(call, axes, space)
-        given = axes(call.first)
-        if call.name == "normalize":
-            return given
-        return self._drop(
-            [None if i in self.dims(call) else axis for i, axis in enumerate(given)],
-            self.dims(call), len(call.shape),
-        )  # fmt: skip
-
-    def value(self, call: Call, known: Knowledge) -> Value:
-        if call.name != "normalize":
-            return super().value(call, known)
-        value = known.value(call.first)
-        return None if value is None else torch.where(value == 0, value, torch.nan)
-
-    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
-        for dim in self.dims(call):
-            yield from _nonzero_reads(call.first, dim, known)
 
 
 # -- means ---------------------------------------------------------------------------------

@@ -244,19 +244,19 @@ def wholly_masked(knowledge: Knowledge) -> np.ndarray:
     graph = knowledge.graph
     made, alive = np.zeros(graph.space.size, bool), np.zeros(graph.space.size, bool)
     for step in graph.steps:
-        units = step.rule.makes(step.call)
-        labels = None if units is None else graph.axes[step.call.node][units.axis]
-        if units is None or labels is None:
-            continue
-        if graph.passes_on(units, labels):
-            continue
-        live = np.asarray(knowledge.pattern(units.weight).any(axis=1 - units.weight_axis))
-        live = live if len(live) == len(labels) else np.ones(len(labels), bool)
-        for bias in set(step.call.inputs) - {units.weight, units.source}:
-            value = knowledge.value(bias)
-            live = live | (True if value is None else (value != 0).numpy())
-        made[graph.root[labels]] = True
-        alive[graph.root[labels[live]]] = True
+        for units in step.rule.makes(step.call):
+            if units.axis is None:
+                continue
+            labels = graph.axes[step.call.node][units.axis]
+            if labels is None or graph.passes_on(units, labels):
+                continue
+            live = np.asarray(knowledge.pattern(units.weight).any(axis=1 - units.weight_axis))
+            live = live if len(live) == len(labels) else np.ones(len(labels), bool)
+            for bias in set(step.call.inputs) - {units.weight, units.source}:
+                value = knowledge.value(bias)
+                live = live | (True if value is None else (value != 0).numpy())
+            made[graph.root[labels]] = True
+            alive[graph.root[labels[live]]] = True
     alive[graph.root[0]] = True
     return made & ~alive
 

@@ -54,7 +54,16 @@ class Knowledge:
     def leaf(
         self, node: fx.Node, axis: int = 0, positions: np.ndarray | None = None
     ) -> torch.Tensor:
-        """The masked parameter (or the buffer) behind a leaf, or some positions along an axis."""
+        """The masked parameter (or buffer) behind a leaf, or some positions along an axis.
+
+        Of a weight that is computed from others: what is known of it.
+        """
+        if node.op != "get_attr":
+            value = self.value(node)
+            full = torch.tensor(torch.nan).double() if value is None else value
+            full = full.expand(node.meta["shape"])
+            index = None if positions is None else torch.from_numpy(positions)
+            return full if index is None else full.index_select(axis, index)
         tensor: torch.Tensor = node.meta["tensor"].detach()
         mask = self.masks.get(str(node.target))
         if tensor.is_meta:
@@ -76,7 +85,7 @@ class Knowledge:
                     weight = torch.tensor(UNKNOWN, device="cpu").expand(weight.shape)
                 found = _nonzero_pattern(weight, mask).cpu().numpy()
             else:
-                found = _pattern_of_value(self.value(node), node.meta["shape"])
+                found = _nonzero_pattern(self.leaf(node), None).numpy()
             self._patterns[node] = found
         return found
 
@@ -164,14 +173,6 @@ class Knowledge:
             and "bias" in module._parameters
             and weight.meta["module"].split(".parametrizations")[0] == module_path
         )
-
-
-def _pattern_of_value(value: Value, shape: tuple[int, ...]) -> np.ndarray:
-    """The pattern of a weight that is computed from others: not 0 where it is unknown."""
-    if value is None:
-        return np.ones(shape[:2], bool)
-    busy = (value != 0).flatten(2).any(2) if value.dim() > 2 else value != 0
-    return np.broadcast_to(busy.numpy(), shape[:2])
 
 
 def _nonzero_pattern(weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -14,9 +14,11 @@ from torch import fx, nn
 
 from compress.graph.channels import ChannelGraph
 from compress.graph.labels import Field, Labels
+from compress.modules import STAND_INS
 from compress.rules.registry import Call
 from compress.speedup.decide import Decision
 from compress.speedup.knowledge import Knowledge
+from compress.speedup.sizes import attention_sizes, module_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +88,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A module that becomes a ``compress.layers`` class, with these attributes."""
+    """A module that takes the class ``kind`` of ``compress.modules``, with some attributes."""
 
     module: str
     kind: str
-    options: dict[str, Any]
+    state: dict[str, Any]
 
 
 @dataclass
@@ -128,7 +130,7 @@ class Plan:
             name = f"{attribute.module}.{attribute.name}".lstrip(".")
             table.add_row(name, str(attribute.old), str(attribute.new), "")
         for replacement in self.replacements:
-            table.add_row(replacement.module, "", replacement.kind, str(replacement.options))
+            table.add_row(replacement.module, "", replacement.kind, str(replacement.state))
         console = Console(width=120, color_system=None)
         with console.capture() as capture:
             console.print(table)
@@ -181,6 +183,7 @@ class PlanBuilder:
             for step in self.graph.steps:
                 step.rule.rewrite(step.call, self)
             self._set_module_sizes()
+            self._replace_modules()
             self.plan.attributes = list(self._attributes.values())
         changed = {**self.plan.slices, **self.plan.biases, **self.plan.carries}
         leaves = self.graph.trace.leaves
@@ -254,9 +257,9 @@ class PlanBuilder:
         """Multiply a parameter that enters as itself plus ``shift``."""
         self.plan.scales[path] = Scale(factor, shift)
 
-    def replace(self, call: Call, kind: str, options: dict[str, Any]) -> None:
-        """Make the module that a call ran in one of ``compress.layers``."""
-        self.plan.replacements.append(Replacement(call.module, kind, options))
+    def replace(self, call: Call, kind: str, state: dict[str, Any]) -> None:
+        """Make the module that a call ran in one of ``compress.modules``."""
+        self.plan.replacements.append(Replacement(call.module, kind, state))
 
     def set_number(self, call: Call, name: str, old: Any, new: Any, counted: bool = False) -> None:
         """Set the attribute ``name`` (a size, an epsilon) of the module that a call ran in.
@@ -290,6 +293,26 @@ class PlanBuilder:
                 if old != new:
                     self._attributes[path, name] = Attribute(path, name, old, new)
 
+    def _replace_modules(self) -> None:
+        for path, module in self.graph.model.named_modules():
+            kind = STAND_INS.get(type(module))
+            if kind is None and type(module) not in STAND_INS.values():
+                continue
+            assert isinstance(module, nn.MultiheadAttention)
+            prefix = f"{path}." if path else ""
+            cuts = {
+                name: self.plan.slices[prefix + name]
+                for name, _ in module.named_parameters()
+                if prefix + name in self.plan.slices
+            }
+            if cuts and kind is not None:
+                replacement = Replacement(path, kind.__name__, kind.state_of(module))
+                self.plan.replacements.append(replacement)
+            for name, new in attention_sizes(module, cuts) if cuts else ():
+                old = getattr(module, name)
+                if old != new:
+                    self._attributes[path, name] = Attribute(path, name, old, new)
+
     def _sizes(self, path: str, module: nn.Module) -> list[tuple[str, int]]:
         prefix = f"{path}." if path else ""
         shapes = {
@@ -300,26 +323,3 @@ class PlanBuilder:
         weight = shapes.get("weight")
         groups = self._attributes.get((path, "groups"))
         return module_sizes(module, weight, shapes, groups.new if groups else None)
-
-
-def module_sizes(
-    module: nn.Module,
-    weight: tuple[int, ...] | None,
-    shapes: dict[str, tuple[int, ...]],
-    groups: int | None,
-) -> list[tuple[str, int]]:
-    """The size attributes of a torch module whose tensors take new shapes."""
-    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
-        near, far = weight[0], weight[1] * (groups or module.groups)
-        names = ("in_channels", "out_channels")
-        return list(zip(names, (near, far) if module.transposed else (far, near), strict=True))
-    if isinstance(module, nn.Linear) and weight is not None:
-        return [("in_features", weight[1]), ("out_features", weight[0])]
-    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and shapes:
-        name = "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"
-        return [(name, next(iter(shapes.values()))[0])]
-    if isinstance(module, nn.Embedding) and weight is not None:
-        return [("num_embeddings", weight[0]), ("embedding_dim", weight[1])]
-    if isinstance(module, nn.PReLU) and weight is not None:
-        return [("num_parameters", weight[0])]
-    return []

@@ -164,15 +164,17 @@ def _reasons(decision: Decision, stayed: np.ndarray) -> dict[str, int]:
 
 
 def _other_weights(decision: Decision, masks: Mapping[str, torch.Tensor]) -> Iterator[LayerReport]:
-    """Masked weights of which no rule says that they make units: recurrent ones, unused ones."""
+    """Masked weights that no call makes units with: those of opaque functions, unused ones."""
     graph = decision.graph
+    makers = {step.call.node for step in graph.steps if step.rule.makes(step.call)}
     for path, mask in masks.items():
         if path in graph.layers or mask.dim() < 2:
             continue
         node, units, name = graph.trace.leaves.get(path), len(mask), layer_of(graph, path)
         masked = masked_units(mask, 0, units)
         labels = None if node is None else graph.axes[node][0]
-        if not masked.any():
+        known = node is not None and any(user in makers for user in node.users)
+        if known or not masked.any():
             continue
         if labels is None:
             reason = "is used by nothing that ran" if node is None else decision.graph.pin_reason(0)

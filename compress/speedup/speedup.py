@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from compress.errors import SpeedupError
@@ -77,7 +77,8 @@ class ModelSpeedup:
         round_to: int = 1,
         min_channels: int = 1,
     ) -> None:
-        _check_arguments(model, constants, round_to, min_channels)
+        _check_model(model)
+        _check_options(constants, round_to, min_channels)
         if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
             raise SpeedupError(
                 f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer"
@@ -272,19 +273,29 @@ def _without_moved(mask: torch.Tensor, plan: Plan, path: str) -> torch.Tensor:
     return mask
 
 
-def _check_arguments(model: Any, constants: str, round_to: int, min_channels: int) -> None:
+def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise SpeedupError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     for wrapper in ("_orig_mod", "module"):
         inner = getattr(model, wrapper, None)
-        if isinstance(inner, nn.Module) and type(model).__module__.startswith("torch."):
+        torchs_own = type(model).__module__.startswith("torch.")
+        if isinstance(inner, nn.Module) and torchs_own and not isinstance(model, fx.GraphModule):
             raise SpeedupError(
                 f"model is a {type(model).__name__} around your model; pass model.{wrapper}, and "
                 "wrap the small one again"
             )
+    for path, module in model.named_modules():
+        if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
+            raise SpeedupError(
+                f"{path}: is quantised ({type(module).__name__}), its weights are no parameters; "
+                "speed the model up before it is quantised"
+            )
     for path, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise SpeedupError(f"{path}: the parameter is lazy; run the model once, and try again")
+
+
+def _check_options(constants: str, round_to: int, min_channels: int) -> None:
     if constants not in ("exact", "fold", "drop"):
         raise SpeedupError(f'constants is {constants!r}; pass "exact", "fold" or "drop"')
     for name, value in (("round_to", round_to), ("min_channels", min_channels)):

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress import layers
+from compress import modules
+from compress.modules import replace_class
 from compress.speedup.knowledge import all_by_row
 from compress.speedup.plan import Attribute, Carry, Plan, Replacement, Slice
 
@@ -111,8 +112,9 @@ def apply_plan(
             replaced += (
                 _replace(tensors[path], path, plan, masks) for path in touched if path in tensors
             )
-            undo += (_replace_module(model, replacement) for replacement in plan.replacements)
+            undo += (_replace_class(model, each) for each in plan.replacements)
             undo += (_set_attribute(model, attribute) for attribute in plan.attributes)
+            _flatten_recurrent(model, plan)
     except BaseException:
         undo_all()
         raise
@@ -166,24 +168,20 @@ def _add_bias(model: nn.Module, path: str, weight: torch.Tensor, plan: Plan) -> 
     return undo
 
 
+def _replace_class(model: nn.Module, each: Replacement) -> Callable[[], None]:
+    module, kind = model.get_submodule(each.module), getattr(modules, each.kind)
+    return replace_class(module, kind, each.state)
+
+
 def _set_attribute(model: nn.Module, attribute: Attribute) -> Callable[[], None]:
     module = model.get_submodule(attribute.module)
     setattr(module, attribute.name, attribute.new)
     return lambda: setattr(module, attribute.name, attribute.old)
 
 
-def _replace_module(model: nn.Module, replacement: Replacement) -> Callable[[], None]:
-    """The same module object, of another class: hooks, parameters and references stay."""
-    module = model.get_submodule(replacement.module)
-    before, cls = dict(vars(module)), type(module)
-    module.__class__ = getattr(layers, replacement.kind)
-    vars(module).update(replacement.options)
-
-    def undo() -> None:
-        module.__class__ = cls
-        for name in replacement.options:
-            vars(module).pop(name, None)
-            if name in before:
-                vars(module)[name] = before[name]
-
-    return undo
+def _flatten_recurrent(model: nn.Module, plan: Plan) -> None:
+    """cuDNN wants the weights of a recurrent module in one piece of memory, as they were."""
+    for path in {path.rpartition(".")[0] for path in plan.slices}:
+        module = model.get_submodule(path)
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
