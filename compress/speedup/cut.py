@@ -87,6 +87,7 @@ class Cutter:
             if builder.unset:
                 self.follower.pin_unset(builder.unset)
                 continue
+            self.follower.guess(decision)
             attributes = self.follower.attributes(decision)
             builder.add_attributes(attributes)
             if any(tensor.is_meta for _, tensor, _ in leaves_of(self.model)):

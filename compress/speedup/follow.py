@@ -33,6 +33,25 @@ class Follower:
         self._tried: dict[tuple[str, str], tuple[Attribute, fx.Node]] = {}
         self._hopeless: set[fx.Node] = set()
         self._coupled: set[tuple[tuple[str, str], fx.Node, fx.Node]] = set()
+        self._guessed: bool | None = None
+
+    def guess(self, decision: Decision) -> None:
+        """Set at once what calls will want, going by the sizes that they were given.
+
+        A size that the same module read off a tensor follows by itself. All this is taken back
+        where a re-run leaves the plan and there is nothing more to set.
+        """
+        if self._guessed is not None:
+            return
+        read = _sizes_read(decision)
+        for step in self.graph.steps:
+            if step.rule.sized(step.call):
+                numbers = _changed_by_number(decision, step.call)
+                numbers -= read.get(step.call.module, set())
+                node = step.call.node
+                wanted = matching_attributes(self.graph, decision, node) if numbers else []
+                self._set([a for a in wanted if type(a.old) is not int or a.old in numbers], node)
+        self._guessed = bool(self._tried)
 
     def attributes(self, decision: Decision) -> list[Attribute]:
         """What to set under a decision: what its call still wants, with the value it now wants."""
@@ -55,7 +74,12 @@ class Follower:
         node, reason = mismatch.node, f"{_REASON} ({mismatch.got})"
         if node not in self._hopeless:
             wanted = matching_attributes(self.graph, decision, node)
-            if self._set(wanted, node) or self._couple(wanted, node):
+            news = self._set(wanted, node)
+            if not news and self._guessed:
+                self._guessed = False
+                self._tried.clear()
+                return
+            if news or self._couple(wanted, node):
                 for other in self._same_line(node):  # the other blocks will want the same
                     self._set(matching_attributes(self.graph, decision, other), other)
                 return
@@ -152,6 +176,28 @@ class Follower:
             if given == size and node.meta["shape"][axis] == size:
                 return self.graph.axis(node, axis)
         return None
+
+
+def _sizes_read(decision: Decision) -> dict[str, set[int]]:
+    """By module: the sizes that its forward reads off tensors, and that the plan changes."""
+    found: dict[str, set[int]] = {}
+    for node, module in decision.graph.trace.size_reads:
+        before, after = _flat(node.meta["shape"]), _flat(expected_shape(decision, node))
+        sizes = {old for old, new in zip(before, after, strict=True) if old != new}
+        found.setdefault(module, set()).update(sizes)
+    return found
+
+
+def _changed_by_number(decision: Decision, call: Call) -> set[int]:
+    """The sizes that a call was given by number, and that the plan changes."""
+    rule, shape = rule_for(call.name), call.shape
+    expected = expected_shape(decision, call.node)
+    if expected == shape:
+        return set()
+    given = rule.given_sizes(call)
+    found = {size for axis, size in given.items() if size not in (-1, expected[axis])}
+    parts, after = rule.part_sizes(call, shape), rule.part_sizes(call, expected)
+    return found | {old for old, new in zip(parts, after, strict=False) if old != new}
 
 
 def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) -> list[Attribute]:
