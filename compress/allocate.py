@@ -74,6 +74,25 @@ def per_layer(
     }
 
 
+def per_row(scores: Mapping[str, Tensor], sparsities: Mapping[str, float]) -> dict[str, Tensor]:
+    """Each row of each layer by itself: keep matrices for every layer of ``sparsities``.
+
+    Args:
+        scores: ``(rows, units)`` per layer.
+        sparsities: fraction of the units of every row to mask, in [0, 1), per layer.
+
+    Raises:
+        MaskError: names the layers with NaN or infinite scores.
+    """
+    _check_finite({name: scores[name].flatten() for name in sparsities})
+    keep = {}
+    for name, sparsity in sparsities.items():
+        lowest = scores[name].sort(dim=1, stable=True).indices
+        lowest = lowest[:, : prune_count(scores[name].shape[1], sparsity)]
+        keep[name] = torch.ones_like(scores[name], dtype=torch.bool).scatter_(1, lowest, False)
+    return keep
+
+
 def global_(
     scores: Mapping[str, Tensor],
     sizes: Mapping[str, int],
