@@ -52,7 +52,7 @@ class ChannelSums:
     """
 
     count: int = 0
-    zeros: Tensor | float = 0.0
+    zeros: Tensor | int = 0
     magnitude: Tensor | float = 0.0
     squares: Tensor | float = 0.0
 

@@ -243,10 +243,10 @@ def _weights_by_group(layers: list[_Layer], needs: list[tuple[int, int]]) -> dic
 def _warn_of_untouched(layers: list[_Layer], gone: np.ndarray, graph: ChannelGraph) -> None:
     untouched = [x.name for x in layers if x.budget > 0 and not gone[x.roots].any()]
     for name in untouched:
-        labels = graph.layers.get(f"{name}.weight")
+        labels = _units(graph, name, len(graph.model.get_submodule(name).weight))
         reason = "runs in no way that the graph knows"
-        if labels is not None:
-            pinned = labels.labels[graph.root[labels.labels] == graph.root[0]]
+        if labels.any():
+            pinned = labels[graph.root[labels] == graph.root[0]]
             reason = graph.pin_reason(int(pinned[0])) if len(pinned) else "is coupled with a layer "
             reason += "" if len(pinned) else "that is not to be pruned, or in too large steps"
         warnings.warn(f"dependency_aware masks nothing of {name!r}: it {reason}", stacklevel=2)
