@@ -186,7 +186,10 @@ class Evaluator:
     @contextmanager
     def measuring(self, model: nn.Module) -> Iterator[None]:
         """The model in eval mode; all that a forward or a backward changes is undone at the end."""
+        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         with (
+            # cuDNN's own recurrent kernels have no backward in eval mode.
+            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent),
             evaluating(model),
             state_kept(model, values=True),
             gradients_kept(model),

@@ -224,6 +224,21 @@ def test_obd_is_the_hessians_diagonal() -> None:
     assert pruner.score(Layer("", model, model.weight)).tolist() == expected
 
 
+def test_obd_where_there_is_no_curvature() -> None:
+    model = one_layer(torch.tensor([[1.0, -2.0], [3.0, 0.5]]))
+    data = [torch.ones(1, 2)]
+    flat = OBDFilterPruner(model, HALF, Evaluator(data, loss=lambda m, x: m(x).sum()))
+    assert kept_rows(flat.calc_masks()) == [0, 1]
+    assert flat._scores[""].tolist() == [0, 0]
+    once = Evaluator(data, loss=lambda m, x: F.hardsigmoid(m(x)).sum())
+    with pytest.raises(CompressError, match=r"this model's loss twice: derivative for .* Use Tayl"):
+        OBDFilterPruner(model, HALF, once).calc_masks()
+
+
+def kept_rows(masks: Masks) -> list[int]:
+    return masks[""]["weight"].any(1).int().tolist()
+
+
 def test_slim_gathers_gammas_near_zero_and_masks_those() -> None:
     model, plain = trained(), trained()
     config_list = [{"total_sparsity": 0.18, "op_types": ["BatchNorm2d"]}]

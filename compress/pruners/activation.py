@@ -22,7 +22,7 @@ from compress.evaluator import Evaluator
 from compress.graph.trace import function_name
 from compress.masks import Masks
 from compress.pruners.base import Layer, foreign_layers
-from compress.pruners.data import DataPruner
+from compress.pruners.data import MeasuringPruner
 from compress.pruners.oneshot import ChannelPruner, WeightPruner, filter_axis
 
 RECORDED = "recorded"
@@ -117,16 +117,16 @@ class _Follower(TorchFunctionMode):
             self._arrive(passage, result)
 
 
-class ActivationPruner(DataPruner, ChannelPruner):
+class ActivationPruner(MeasuringPruner, ChannelPruner):
     """Scores filters by the activations that they lead to.
 
     Args:
-        model, config_list, evaluator: as `DataPruner`; no loss is needed with an `Evaluator`.
+        model, config_list, evaluator: as `MeasuringPruner`; no loss is needed with an `Evaluator`.
         activation: "recorded": the first activation function that a layer's output really reaches,
             through norms, additions and pooling (a layer without one: its own output). "relu",
             "relu6" or "gelu": that function of the layer's own output, before any norm, which is
             what NNI v1 does.
-        **arguments: as `DataPruner`.
+        **arguments: as `MeasuringPruner`.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class ActivationMeanRankFilterPruner(ActivationPruner):
         return criteria.mean_activation(torch.as_tensor(sums.magnitude), sums.count)
 
 
-class WandaPruner(DataPruner, WeightPruner):
+class WandaPruner(MeasuringPruner, WeightPruner):
     """Masks, in each row of a Linear layer, the weights with the smallest |w|·‖x‖₂.
 
     ‖x‖₂ is the norm of the weight's input feature over all tokens of all batches: Sun et al. 2024,

@@ -22,11 +22,10 @@ from compress.pruners.oneshot import ChannelPruner, filter_axis
 
 
 class DataPruner(Pruner):
-    """A pruner whose scores need data: it measures, then scores and masks as all others do.
+    """A pruner that needs the user's data.
 
-    Measuring runs the model in eval mode (a ``trainer`` of the user's sets the mode that it likes)
-    and changes nothing of it, of the optimizer, or of the random state. Masks that the model had
-    before are on while it is measured, those of this pruner are off.
+    What it does with it is done without this pruner's own masks, under those that the model had
+    before.
 
     Args:
         model, config_list: as `Pruner`.
@@ -34,12 +33,11 @@ class DataPruner(Pruner):
         trainer: NNI v1's ``trainer(model, optimizer, criterion, epoch)``, in an Evaluator's place.
         optimizer: with ``trainer``: of the model's parameters.
         criterion: with ``trainer``, which is called with it.
-        training_batches: how many batches to measure; None is all of the loader.
         progress: False is no progress bar; there is none where stderr is no terminal.
         **options: as `Pruner`.
 
     Raises:
-        ConfigError: as `Pruner`; or there is nothing to measure with.
+        ConfigError: as `Pruner`; or the data is missing, or not enough for this pruner.
     """
 
     def __init__(
@@ -51,28 +49,12 @@ class DataPruner(Pruner):
         trainer: Callable[..., Any] | None = None,
         optimizer: Optimizer | None = None,
         criterion: Any = None,
-        training_batches: int | None = 8,
         progress: bool = True,
         **options: Any,
     ) -> None:
         self.evaluator = as_evaluator(evaluator, trainer, optimizer, criterion)
-        self.training_batches = training_batches
         self.progress = progress
         super().__init__(model, config_list, **options)
-
-    def calc_masks(self) -> Masks:
-        """As `Pruner.calc_masks`, after measuring what the scores need.
-
-        Raises:
-            CompressError: as there; or a selected layer was not used in the batches.
-        """
-        with self._as_before():
-            self._measure()
-        return super().calc_masks()
-
-    @abstractmethod
-    def _measure(self) -> None:
-        """Run batches and keep what `score` needs."""
 
     @property
     def data(self) -> Evaluator:
@@ -82,13 +64,7 @@ class DataPruner(Pruner):
 
     def _problems(self) -> list[str]:
         """What is wrong with the arguments about data."""
-        problems = []
-        if not is_count(self.training_batches, 1) and self.training_batches is not None:
-            problems.append(
-                f"training_batches: got {self.training_batches!r}; expected a whole number ≥ 1, or "
-                "None for all"
-            )
-        return problems + self._lacking()
+        return self._lacking()
 
     def _lacking(self, **needs: bool) -> list[str]:
         if self.evaluator is None:
@@ -138,7 +114,55 @@ class DataPruner(Pruner):
             )
 
 
-class GradientPruner(DataPruner, ChannelPruner):
+class MeasuringPruner(DataPruner):
+    """A pruner that measures before it scores: it runs batches through the model.
+
+    In eval mode (a ``trainer`` of the user's sets the mode that it likes). The model, the optimizer
+    and the random state are the same after.
+
+    Args:
+        model, config_list, evaluator: as `DataPruner`.
+        training_batches: how many batches to measure; None is all of the loader.
+        **arguments: as `DataPruner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        evaluator: Evaluator | None = None,
+        *,
+        training_batches: int | None = 8,
+        **arguments: Any,
+    ) -> None:
+        self.training_batches = training_batches
+        super().__init__(model, config_list, evaluator, **arguments)
+
+    def calc_masks(self) -> Masks:
+        """As `Pruner.calc_masks`, after measuring.
+
+        Raises:
+            CompressError: as there; or a selected layer was not used in the batches.
+        """
+        with self._as_before():
+            self._measure()
+        return super().calc_masks()
+
+    @abstractmethod
+    def _measure(self) -> None:
+        """Run batches and keep what `score` needs."""
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        if self.training_batches is not None and not is_count(self.training_batches, 1):
+            problems.append(
+                f"training_batches: got {self.training_batches!r}; expected a whole number ≥ 1, or "
+                "None for all"
+            )
+        return problems
+
+
+class GradientPruner(MeasuringPruner, ChannelPruner):
     """Scores filters by the loss's derivatives, summed over batches."""
 
     _scores: dict[str, Tensor]
@@ -187,7 +211,7 @@ class OBDFilterPruner(GradientPruner):
     Args:
         samples: vectors z for each batch.
         seed: of the pruner's own generator.
-        **arguments: as `DataPruner`.
+        **arguments: as `MeasuringPruner`.
     """
 
     def __init__(
@@ -246,23 +270,27 @@ def _hessian_diagonal(
     """
     found = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
     gradients = {n: g for n, g in zip(weights, found, strict=True) if g is not None}
-    linear = [g for g in gradients.values() if g.grad_fn is not None]
     for _ in range(samples):
-        signs = {
-            name: (torch.randint(0, 2, g.shape, generator=generator) * 2 - 1).to(g)
-            for name, g in gradients.items()
-        }
-        if not linear:
-            yield from ((name, torch.zeros_like(g)) for name, g in gradients.items())
-            continue
-        product = sum((gradients[n] * signs[n]).sum() for n in gradients)
-        assert isinstance(product, Tensor)
-        second = torch.autograd.grad(
-            product, [weights[n] for n in gradients], retain_graph=True, allow_unused=True
-        )
-        for name, value in zip(gradients, second, strict=True):
-            value = torch.zeros_like(signs[name]) if value is None else value
-            yield name, signs[name] * value / samples
+        signs = [
+            (torch.randint(0, 2, g.shape, generator=generator) * 2 - 1).to(g)
+            for g in gradients.values()
+        ]
+        try:
+            second = torch.autograd.grad(
+                [g for g in gradients.values() if g.requires_grad],
+                [weights[name] for name in gradients],
+                [z for z, g in zip(signs, gradients.values(), strict=True) if g.requires_grad],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,  # 0 where the loss is linear in a weight
+            )
+        except RuntimeError as error:
+            raise CompressError(
+                f"OBDFilterPruner cannot differentiate this model's loss twice: {error}. Use "
+                "TaylorFOWeightFilterPruner, which needs the gradient only"
+            ) from error
+        for name, z, value in zip(gradients, signs, second, strict=True):
+            yield name, z * value / samples
 
 
 @contextmanager

@@ -243,7 +243,7 @@ def _weights_by_group(layers: list[_Layer], needs: list[tuple[int, int]]) -> dic
 def _warn_of_untouched(layers: list[_Layer], gone: np.ndarray, graph: ChannelGraph) -> None:
     untouched = [x.name for x in layers if x.budget > 0 and not gone[x.roots].any()]
     for name in untouched:
-        labels = _units(graph, name, len(graph.model.get_submodule(name).weight))
+        labels = _units(graph, name, len(_weight(graph, name)))
         reason = "runs in no way that the graph knows"
         if labels.any():
             pinned = labels[graph.root[labels] == graph.root[0]]

@@ -59,9 +59,6 @@ class TrainingPruner(DataPruner):
     def _train(self) -> None:
         self.data.train(self.model, self.training_epochs, self._before_step, progress=self.progress)
 
-    def _measure(self) -> None:
-        """Nothing: the weights, or the training, have said all."""
-
     def _problems(self) -> list[str]:
         if not is_count(self.training_epochs, 0):
             got = f"training_epochs: got {self.training_epochs!r}"
