@@ -14,22 +14,27 @@ and no more. Both hold where the user's functions raise; training then restores 
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from compress.errors import CompressError, ConfigError
-from compress.graph.run import evaluating, rng_kept, state_kept
+from compress.graph.run import evaluating, state_kept
 from compress.progress import progress_bar
+from compress.unchanged import (
+    differentiable_in_eval,
+    gradients_kept,
+    random_kept,
+    training,
+    values_kept,
+)
 
 Step = Callable[[], None]
 
@@ -186,10 +191,8 @@ class Evaluator:
     @contextmanager
     def measuring(self, model: nn.Module) -> Iterator[None]:
         """The model in eval mode; all that a forward or a backward changes is undone at the end."""
-        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         with (
-            # cuDNN's own recurrent kernels have no backward in eval mode.
-            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent),
+            differentiable_in_eval(model),
             evaluating(model),
             state_kept(model, values=True),
             gradients_kept(model),
@@ -324,14 +327,20 @@ class TrainerEvaluator(Evaluator):
     ) -> None:
         steps = 0
 
-        def count(*_: Any) -> None:
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal steps
             steps += 1
-            if before_step is not None:
+            if before_step is None:
+                return None
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
                 before_step()
+                return None
+            # The gradients come from the closure, within the step.
+            return (args[0], _followed_by(closure, before_step)), {}
 
         assert self.optimizer is not None, "the pruner asked lacks() first"
-        hook = self.optimizer.register_step_pre_hook(count)
+        hook = self.optimizer.register_step_pre_hook(before)
         try:
             with (
                 training(model),
@@ -382,6 +391,15 @@ class TrainerEvaluator(Evaluator):
                 group.update(before)
 
 
+def _followed_by(closure: Callable[[], Any], step: Step) -> Callable[[], Any]:
+    def both() -> Any:
+        result = closure()
+        step()
+        return result
+
+    return both
+
+
 class _EnoughError(BaseException):
     """Ends the user's epoch: not an Exception, so that no handler of the user's takes it."""
 
@@ -429,73 +447,7 @@ def as_evaluator(
     return TrainerEvaluator(trainer, optimizer, criterion, evaluator)
 
 
-# ---------------------------------------------------------------------------------------------
-# What is put back
-
-
 def device_of(model: nn.Module) -> torch.device | None:
     """The device of the model's first parameter; None where it has none."""
     first = next(model.parameters(), None)
     return None if first is None else first.device
-
-
-@contextmanager
-def gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Parameters have no gradients inside, and their own ones again after."""
-    saved = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in saved:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in saved:
-            parameter.grad = gradient
-
-
-@contextmanager
-def random_kept(loader: Any) -> Iterator[None]:
-    """Random numbers of torch, numpy, Python and of a loader's own generators go on as before."""
-    owners = (loader, getattr(loader, "sampler", None))
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
-    python, array = random.getstate(), np.random.get_state()
-    try:
-        with rng_kept():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
-        for generator, state in states:
-            generator.set_state(state)
-
-
-@contextmanager
-def values_kept(model: nn.Module, on_error_only: bool = False) -> Iterator[None]:
-    """Parameters (and with ``on_error_only`` buffers) have their values of before again."""
-    tensors: list[Tensor] = [*model.parameters(), *(model.buffers() if on_error_only else ())]
-    saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        if failed or not on_error_only:
-            with torch.no_grad():
-                for tensor, value in saved:
-                    tensor.copy_(value)
-
-
-@contextmanager
-def training(model: nn.Module) -> Iterator[None]:
-    """The model in train mode; modes and gradients are restored, after an error the values too."""
-    modes = [(module, module.training) for module in model.modules()]
-    with ExitStack() as stack:
-        stack.enter_context(values_kept(model, on_error_only=True))
-        stack.enter_context(gradients_kept(model))
-        stack.enter_context(torch.enable_grad())
-        try:
-            model.train()
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from snapshots import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, TensorDataset
 
 from compress.errors import CompressError, ConfigError
@@ -54,33 +53,6 @@ def epoch_of(model: nn.Module, optimizer: Any, criterion: Any, epoch: int) -> No
         criterion(model(x + 0.01 * noise), y).backward()
         optimizer.step()
         scheduler.step()
-
-
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Any]:
-    """All that a pruner could leave changed, as values that compare."""
-    found: list[Any] = [(name, t.clone()) for name, t in model.state_dict().items()]
-    found += [(n, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()]
-    found += [(n, p.requires_grad) for n, p in model.named_parameters()]
-    found += [(n, m.training, sorted(vars(m))) for n, m in model.named_modules()]
-    found += [
-        (n, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-        for n, m in model.named_modules()
-    ]
-    found += [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
-    if optimizer is not None:
-        found += [copy.deepcopy(optimizer.state_dict()), sorted(vars(optimizer))]
-        found.append(len(optimizer._optimizer_step_pre_hooks))
-    return found
-
-
-def assert_unchanged(before: list[Any], after: list[Any]) -> None:
-    assert len(before) == len(after)
-    for one, other in zip(before, after, strict=True):
-        assert plain(one) == plain(other)
-
-
-def plain(value: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.tolist, value)
 
 
 def used(model: nn.Module) -> nn.Module:
@@ -192,6 +164,28 @@ def test_training_trains_and_calls_before_each_step(by_trainer: bool) -> None:
     assert not torch.equal(before[0][1], model[0].weight)
     assert torch.equal(dict(before[:9])["5.weight"], model[5].weight)  # its gradient was set to 0
     assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_trainer_with_closures(by_keyword: bool) -> None:
+    layer, x = nn.Linear(2, 1, bias=False), torch.ones(1, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+
+    def trainer(model: nn.Module, optimizer: Any, criterion: Any) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(x).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+
+    evaluator, before, seen = TrainerEvaluator(trainer, optimizer), layer.weight.clone(), []
+    evaluator.measure(layer, 1, lambda: seen.append(layer.weight.grad.tolist()))
+    assert torch.equal(layer.weight, before)
+    evaluator.train(layer, 1, lambda: layer.weight.grad.add_(2))
+    assert seen == [[[1, 1]]]
+    torch.testing.assert_close(layer.weight, before - 3)
 
 
 def test_a_frozen_weight_is_not_trained() -> None:

@@ -19,6 +19,7 @@ from compress.masks import Masks, applied_masks, raw_parameter, suspend_masks
 from compress.progress import progress_bar
 from compress.pruners.base import Layer, Pruner
 from compress.pruners.oneshot import ChannelPruner, filter_axis
+from compress.unchanged import requiring_gradients
 
 
 class DataPruner(Pruner):
@@ -291,19 +292,6 @@ def _hessian_diagonal(
             ) from error
         for name, z, value in zip(gradients, signs, second, strict=True):
             yield name, z * value / samples
-
-
-@contextmanager
-def requiring_gradients(parameters: Any) -> Iterator[None]:
-    """Frozen parameters get gradients inside."""
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 def is_count(value: object, least: int) -> bool:
