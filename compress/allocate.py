@@ -49,6 +49,24 @@ def keep_highest(scores: Tensor, keep: int) -> Tensor:
     return kept
 
 
+def balanced(scores: Mapping[str, Tensor], pruned: Mapping[str, int]) -> dict[str, Tensor]:
+    """In every region of a layer as many units go: bool ``(regions, units)`` per layer.
+
+    Args:
+        scores: ``(regions, units)`` per layer.
+        pruned: how many units of each region go, per layer.
+
+    Raises:
+        MaskError: names the layers with NaN or infinite scores.
+    """
+    _check_finite({name: values.flatten() for name, values in scores.items()})
+    keep = {}
+    for name, values in scores.items():
+        lowest = values.argsort(dim=1, stable=True)[:, : pruned[name]]
+        keep[name] = torch.ones_like(values, dtype=torch.bool).scatter_(1, lowest, False)
+    return keep
+
+
 def per_layer(
     scores: Mapping[str, Tensor],
     sparsities: Mapping[str, float],
@@ -72,25 +90,6 @@ def per_layer(
         )
         for name, sparsity in sparsities.items()
     }
-
-
-def per_row(scores: Mapping[str, Tensor], sparsities: Mapping[str, float]) -> dict[str, Tensor]:
-    """Each row of each layer by itself: keep matrices for every layer of ``sparsities``.
-
-    Args:
-        scores: ``(rows, units)`` per layer.
-        sparsities: fraction of the units of every row to mask, in [0, 1), per layer.
-
-    Raises:
-        MaskError: names the layers with NaN or infinite scores.
-    """
-    _check_finite({name: scores[name].flatten() for name in sparsities})
-    keep = {}
-    for name, sparsity in sparsities.items():
-        lowest = scores[name].sort(dim=1, stable=True).indices
-        lowest = lowest[:, : prune_count(scores[name].shape[1], sparsity)]
-        keep[name] = torch.ones_like(scores[name], dtype=torch.bool).scatter_(1, lowest, False)
-    return keep
 
 
 def global_(

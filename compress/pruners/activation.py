@@ -225,8 +225,12 @@ class WandaPruner(MeasuringPruner, WeightPruner):
     def _allocate(
         self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Masks]:
-        sparsities = {t.name: t.sparsity for t in self.targets if t.sparsity is not None}
-        return allocate.per_row(scores, sparsities), Masks()
+        pruned = {
+            target.name: allocate.prune_count(scores[target.name].shape[1], target.sparsity)
+            for target in self.targets
+            if target.sparsity is not None
+        }
+        return allocate.balanced(scores, pruned), Masks()
 
     def _measure(self) -> None:
         sums: dict[str, ChannelSums] = {}
