@@ -214,23 +214,25 @@ class WandaPruner(MeasuringPruner, WeightPruner):
     modes: ClassVar[tuple[str, ...]] = ("normal",)
 
     def score(self, layer: Layer) -> Tensor:
-        """``(out, in)``, one for each weight."""
-        weight = layer.weight.t() if filter_axis(layer.module)[0] == 1 else layer.weight
-        return criteria.wanda(weight, torch.as_tensor(self._sums[layer.name].squares).sqrt())
-
-    def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
-        by_output = filter_axis(layer.module)[0] == 0
-        return {"weight": keep if by_output else keep.t().contiguous()}
+        """``(numel,)``, one for each weight."""
+        norms = torch.as_tensor(self._sums[layer.name].squares).sqrt()
+        matrix = _by_output(layer.weight, layer.module)
+        return _by_output(criteria.wanda(matrix, norms), layer.module).flatten()
 
     def _allocate(
         self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Masks]:
-        pruned = {
-            target.name: allocate.prune_count(scores[target.name].shape[1], target.sparsity)
-            for target in self.targets
-            if target.sparsity is not None
-        }
-        return allocate.balanced(scores, pruned), Masks()
+        matrices, pruned = {}, {}
+        for target in self.targets:
+            layer = layers[target.name]
+            matrix = _by_output(scores[target.name].reshape(layer.weight.shape), layer.module)
+            assert target.sparsity is not None, "this mode has no total_sparsity"
+            matrices[target.name] = matrix
+            pruned[target.name] = allocate.prune_count(matrix.shape[1], target.sparsity)
+        keep = allocate.balanced(matrices, pruned)
+        return {
+            n: _by_output(rows, layers[n].module).flatten() for n, rows in keep.items()
+        }, Masks()
 
     def _measure(self) -> None:
         sums: dict[str, ChannelSums] = {}
@@ -242,6 +244,11 @@ class WandaPruner(MeasuringPruner, WeightPruner):
             self.data.measure(self.model, self.training_batches, _nothing, progress=self.progress)
         self._refuse_unused([target.name for target in self.targets if target.name not in sums])
         self._sums = sums
+
+
+def _by_output(matrix: Tensor, module: nn.Module) -> Tensor:
+    """A Linear's ``(out, in)`` as it is, transformers' Conv1D's ``(in, out)`` turned; and back."""
+    return matrix.t() if filter_axis(module)[0] == 1 else matrix
 
 
 def _nothing() -> None:
