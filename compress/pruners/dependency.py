@@ -112,6 +112,16 @@ def _weight_path(name: str) -> str:
     return f"{name}.weight" if name else "weight"
 
 
+def _target_paths(targets: Targets) -> set[str]:
+    return {_weight_path(name) for t in targets for name in (t.name, *t.tied)}
+
+
+def _weight(graph: ChannelGraph, name: str) -> torch.Tensor:
+    weight = graph.model.get_submodule(name).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
 def _join_equal_parts(graph: ChannelGraph, layers: list[_Layer]) -> np.ndarray:
     """Roots in which what must go in equal numbers goes together.
 
@@ -184,16 +194,6 @@ def _unremovable(graph: ChannelGraph, root: np.ndarray, targets: Targets) -> np.
         if weight is not None and _weight_path(name) not in names:
             fixed[root[_units(graph, name, len(weight))]] = True
     return fixed
-
-
-def _target_paths(targets: Targets) -> set[str]:
-    return {_weight_path(name) for t in targets for name in (t.name, *t.tied)}
-
-
-def _weight(graph: ChannelGraph, name: str) -> torch.Tensor:
-    weight = graph.model.get_submodule(name).weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
 
 
 def _choose(layers: list[_Layer], fixed: np.ndarray, shares: dict[int, int]) -> np.ndarray:

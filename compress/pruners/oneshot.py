@@ -59,9 +59,14 @@ class LAMPPruner(WeightPruner):
     """
 
     def __init__(
-        self, model: nn.Module, config_list: Sequence[Mapping[str, Any]], *, mode: str = "global"
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        *,
+        mode: str = "global",
+        **options: Any,
     ) -> None:
-        super().__init__(model, config_list, mode=mode)
+        super().__init__(model, config_list, mode=mode, **options)
 
     def score(self, layer: Layer) -> Tensor:
         return criteria.lamp(layer.weight)
