@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from compress.errors import CompressError, ConfigError
-from compress.graph.run import evaluating, state_kept
+from compress.graph.run import eager, evaluating, state_kept
 from compress.progress import progress_bar
 from compress.unchanged import (
     differentiable_in_eval,
@@ -192,6 +192,7 @@ class Evaluator:
     def measuring(self, model: nn.Module) -> Iterator[None]:
         """The model in eval mode; all that a forward or a backward changes is undone at the end."""
         with (
+            eager(),
             differentiable_in_eval(model),
             evaluating(model),
             state_kept(model, values=True),

@@ -80,6 +80,17 @@ def test_nothing_is_left_where_the_users_loss_raises(kind: type[Any]) -> None:
     assert_unchanged(before, snapshot(model))
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
+@pytest.mark.parametrize("kind", [ActivationAPoZRankFilterPruner, OBDFilterPruner])
+def test_a_compiled_model_is_measured_as_it_is_written(kind: type[Any]) -> None:
+    model = residual()
+    compiled = torch.compile(model, backend="eager")
+    found = [kind(each, HALF, evaluator(1)).calc_masks() for each in (model, compiled)]
+    assert [masks["weight"].tolist() for masks in found[0].values()] == [
+        masks["weight"].tolist() for masks in found[1].values()
+    ]
+
+
 def test_masks_from_before_are_on_while_it_is_measured() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -122,8 +122,8 @@ def rng_kept() -> Iterator[None]:
         yield
 
 
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled parts run as they are written: the recorder cannot see into compiled code."""
+def eager() -> AbstractContextManager[Any]:
+    """Compiled parts run as they are written: function modes cannot see into compiled code."""
     stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6
     return nullcontext() if stance is None else stance("force_eager")
 
@@ -170,7 +170,7 @@ def run_recorded(
     for index, tensor in enumerate(tensors_in((args, kwargs))):
         recorder.placeholder(index, tensor)
     kept = state_kept(model, values=not on_meta)
-    with torch.no_grad(), rng_kept(), kept, _eager(), _module_paths(model, recorder):
+    with torch.no_grad(), rng_kept(), kept, eager(), _module_paths(model, recorder):
         for mode in (False, True) if training else (False,):
             with evaluating(model, mode):
                 if on_meta:
