@@ -1,13 +1,27 @@
 """Prune trained PyTorch networks: masks first, then a smaller network that computes the same."""
 
+from compress.evaluator import Evaluator
 from compress.graph.channels import ChannelGraph
 from compress.masks import Masks
 from compress.pruners import (
+    ActivationAPoZRankFilterPruner,
+    ActivationAPoZRankPruner,
+    ActivationMeanRankFilterPruner,
+    ActivationMeanRankPruner,
     FPGMPruner,
     L1FilterPruner,
+    L1NormPruner,
     L2FilterPruner,
+    L2NormPruner,
+    LAMPPruner,
     LevelPruner,
+    MovementPruner,
+    OBDFilterPruner,
     RandomFilterPruner,
+    SlimPruner,
+    TaylorFOWeightFilterPruner,
+    TaylorFOWeightPruner,
+    WandaPruner,
 )
 from compress.speedup import ModelSpeedup
 from compress.speedup.compare import verify
@@ -15,13 +29,27 @@ from compress.speedup.compare import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationAPoZRankFilterPruner",
+    "ActivationAPoZRankPruner",
+    "ActivationMeanRankFilterPruner",
+    "ActivationMeanRankPruner",
     "ChannelGraph",
+    "Evaluator",
     "FPGMPruner",
     "L1FilterPruner",
+    "L1NormPruner",
     "L2FilterPruner",
+    "L2NormPruner",
+    "LAMPPruner",
     "LevelPruner",
     "Masks",
     "ModelSpeedup",
+    "MovementPruner",
+    "OBDFilterPruner",
     "RandomFilterPruner",
+    "SlimPruner",
+    "TaylorFOWeightFilterPruner",
+    "TaylorFOWeightPruner",
+    "WandaPruner",
     "verify",
 ]

@@ -49,6 +49,24 @@ def keep_highest(scores: Tensor, keep: int) -> Tensor:
     return kept
 
 
+def balanced(scores: Mapping[str, Tensor], pruned: Mapping[str, int]) -> dict[str, Tensor]:
+    """In every region of a layer as many units go: bool ``(regions, units)`` per layer.
+
+    Args:
+        scores: ``(regions, units)`` per layer.
+        pruned: how many units of each region go, per layer.
+
+    Raises:
+        MaskError: names the layers with NaN or infinite scores.
+    """
+    _check_finite({name: values.flatten() for name, values in scores.items()})
+    keep = {}
+    for name, values in scores.items():
+        lowest = values.argsort(dim=1, stable=True)[:, : pruned[name]]
+        keep[name] = torch.ones_like(values, dtype=torch.bool).scatter_(1, lowest, False)
+    return keep
+
+
 def per_layer(
     scores: Mapping[str, Tensor],
     sparsities: Mapping[str, float],

@@ -428,6 +428,8 @@ class _Book:
         """Why the weight of a supported layer cannot be pruned now; empty if it can."""
         module = self.modules[name]
         weight = raw_parameter(module, "weight")
+        if weight is None and getattr(module, "weight", module) is None:
+            return "it has no weight (affine=False); exclude it"
         if weight is None:
             return (
                 "its weight is computed from other parameters (weight_norm or another "

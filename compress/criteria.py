@@ -1,8 +1,8 @@
-"""What a unit of a weight is worth: pure functions from a weight to one score per unit.
+"""What a unit is worth: pure functions of a weight, or of what data says, to a score per unit.
 
-A unit is a filter (an output channel) in all criteria but `magnitude`, where it is one entry. Low
-scores go first. Scores are computed in float32 at least, on the weight's device; no criterion knows
-a sparsity.
+A unit is a filter (an output channel), or one entry in `magnitude`, `lamp`, `wanda` and `movement`.
+Low scores go first. Scores are computed in float32 at least, on the weight's device; no criterion
+knows a sparsity.
 
 ``axis`` is the axis of the weight that the output channels lie on: 0 for convolutions
 ``(out, in/groups, k...)`` and linear layers ``(out, in)``, 1 for transposed convolutions
@@ -73,3 +73,76 @@ def magnitude(weight: Tensor) -> Tensor:
     """|w| of each entry, flat, ``(numel,)``: Han et al. 2015, Learning Weights and Connections."""
     weight = weight.detach().flatten()
     return (weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight).abs()
+
+
+def taylor_first_order(weight: Tensor, gradient: Tensor, axis: int = 0, groups: int = 1) -> Tensor:
+    """Σ(w·g)² over the entries of each filter, ``(out,)``, to be summed over batches.
+
+    ``gradient`` is the loss's, of the weight's shape. Molchanov et al. 2019, Importance Estimation
+    for Neural Network Pruning, section 3: the first-order importance I = (g w)² of each entry, and
+    that of a filter as their sum.
+    """
+    return (filters(weight, axis, groups) * filters(gradient, axis, groups)).square().sum(dim=1)
+
+
+def optimal_brain_damage(
+    weight: Tensor, curvature: Tensor, axis: int = 0, groups: int = 1
+) -> Tensor:
+    """½ Σ h·w² over the entries of each filter, ``(out,)``.
+
+    LeCun et al. 1990, Optimal Brain Damage: the saliency h·w²/2 of the fourth step of its recipe.
+    ``curvature`` is the diagonal of the loss's Hessian, of the weight's shape.
+    """
+    squares = filters(weight, axis, groups).square()
+    return 0.5 * (filters(curvature, axis, groups) * squares).sum(dim=1)
+
+
+def apoz(zeros: Tensor, count: int) -> Tensor:
+    """1 - the share of zeros among each channel's activations, ``(out,)``; low where it is dead.
+
+    ``zeros``, ``(out,)``, counts them among ``count`` activations of a channel. Hu et al. 2016,
+    Network Trimming, eq. 1 (Average Percentage of Zeros), from 1 so that the lowest go.
+    """
+    return 1 - zeros / count
+
+
+def mean_activation(total: Tensor, count: int) -> Tensor:
+    """The mean of each channel's ``count`` activations, ``(out,)``, of their sums ``total``.
+
+    Molchanov et al. 2017, Pruning Convolutional Neural Networks for Resource Efficient Inference,
+    section 2.2.
+    """
+    return total / count
+
+
+def lamp(weight: Tensor) -> Tensor:
+    """w² / Σ v² over the entries v that are not smaller, for each entry, flat, ``(numel,)``.
+
+    Lee et al. 2021, Layer-adaptive Sparsity for the Magnitude-based Pruning, section 2. Equal
+    entries are in the order of their index, as there; a layer's largest entry scores 1, entries of
+    0 score 0.
+    """
+    squares = weight.detach().flatten().double().square()
+    ordered, order = squares.sort(stable=True)
+    rest = ordered.flip(0).cumsum(0).flip(0)
+    return torch.zeros_like(squares).scatter_(0, order, ordered / rest.clamp(min=1e-300))
+
+
+def wanda(weight: Tensor, norms: Tensor) -> Tensor:
+    """|w|·‖x‖₂ for each entry, ``(out, in)``; they compete within a row.
+
+    ``weight`` is (out, in); ``norms``, ``(in,)``, are those of each input feature over all tokens.
+    Sun et al. 2024, A Simple and Effective Pruning Approach for Large Language Models, eq. 1.
+    """
+    norms = norms.to(weight.device)
+    return weight.detach().abs().to(norms.dtype) * norms
+
+
+def movement(weight: Tensor, gradient: Tensor) -> Tensor:
+    """-w·g for each entry, flat, ``(numel,)``, to be summed over training steps.
+
+    High where training moves a weight away from 0. Sanh et al. 2020, Movement Pruning, eq. 3
+    without the learning rate, which changes no ranking.
+    """
+    product = weight.detach().flatten().float() * gradient.flatten().float()
+    return -product

@@ -75,3 +75,33 @@ def test_random_depends_on_its_generator_only() -> None:
     assert not torch.equal(draws[0], draws[2])
     generator = torch.Generator()
     assert criteria.random(torch.zeros(4, 3), 1, 2, generator=generator).shape == (6,)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_taylor_and_obd_by_output_channel(groups: int) -> None:
+    weight = torch.arange(1.0, 9).reshape(2, 4, 1)  # (in, out/groups, k)
+    other = torch.full_like(weight, 2.0)
+    squares = weight.square().squeeze(-1)
+    per_channel = squares.sum(0) if groups == 1 else squares.flatten()
+    taylor = criteria.taylor_first_order(weight, other, axis=1, groups=groups)
+    assert taylor.tolist() == (4 * per_channel).tolist()
+    obd = criteria.optimal_brain_damage(weight, -other, axis=1, groups=groups)
+    assert obd.tolist() == (-per_channel).tolist()
+
+
+def test_lamp_by_hand_with_ties_zeros_and_one_entry() -> None:
+    assert criteria.lamp(torch.tensor([2.0, 0.0, -2.0, 1.0])).tolist() == [4 / 8, 0, 1, 1 / 9]
+    assert criteria.lamp(torch.zeros(3)).tolist() == [0, 0, 0]
+    assert criteria.lamp(torch.tensor([[-3.0]])).tolist() == [1]
+    tiny = criteria.lamp(torch.tensor([1e-30, 2e-30]))  # squares below float32's smallest
+    torch.testing.assert_close(tiny, torch.tensor([1 / 5, 1.0]).double())
+
+
+def test_wanda_apoz_mean_and_movement_by_hand() -> None:
+    weight = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
+    assert criteria.wanda(weight, torch.tensor([3.0, 0.5])).tolist() == [[3, 1], [0, 1.5]]
+    assert criteria.movement(weight, torch.tensor([[2.0, 1.0], [5.0, -1.0]])).tolist() == [
+        -2, 2, 0, 3
+    ]  # fmt: skip
+    assert criteria.apoz(torch.tensor([0, 1, 4]), 4).tolist() == [1, 0.75, 0]
+    assert criteria.mean_activation(torch.tensor([0.0, 6.0]), 4).tolist() == [0, 1.5]

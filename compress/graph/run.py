@@ -126,8 +126,8 @@ def rng_kept() -> Iterator[None]:
         yield
 
 
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled parts run as they are written: the recorder cannot see into compiled code."""
+def eager() -> AbstractContextManager[Any]:
+    """Compiled parts run as they are written: function modes cannot see into compiled code."""
     stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6
     return nullcontext() if stance is None else stance("force_eager")
 
@@ -175,7 +175,7 @@ def run_recorded(
         recorder.placeholder(index, tensor)
     kept = state_kept(model, values=not on_meta)
     paths = _module_paths(model, recorder)
-    with torch.no_grad(), rng_kept(), kept, standing_in(model), _eager(), paths:
+    with torch.no_grad(), rng_kept(), kept, standing_in(model), eager(), paths:
         for mode in (False, True) if training else (False,):
             with evaluating(model, mode):
                 if on_meta:

@@ -106,7 +106,7 @@ class Pruner(ABC):
         self.targets = resolve(
             model,
             config_list,
-            self.supported_types + foreign_layers(),
+            self._layer_types(),
             optional_types=self.optional_types,
             unit_axis=self.unit_axis,
             pruner=type(self).__name__,
@@ -115,6 +115,10 @@ class Pruner(ABC):
         self._check_mode()
         self._masks: Masks | None = None
         self._before = Masks()
+
+    def _layer_types(self) -> tuple[type[nn.Module], ...]:
+        """What ``op_types: ["default"]`` means now."""
+        return self.supported_types + foreign_layers()
 
     def unit_axis(self, module: nn.Module) -> int:
         """The axis of a layer's weight that its units lie along."""

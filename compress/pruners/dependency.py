@@ -21,7 +21,7 @@ from torch import nn
 from compress import allocate
 from compress.config import Target, Targets
 from compress.graph.channels import ChannelGraph
-from compress.graph.labels import joined
+from compress.graph.labels import Axes, joined
 from compress.masks import Masks
 
 
@@ -68,7 +68,7 @@ def coupled_masks(
         layer.name: torch.from_numpy(~gone[layer.roots]).to(scores[layer.name].device)
         for layer in layers
     }
-    return keep, _following_masks(graph, roots, gone)
+    return keep, _following_masks(graph, roots, gone, _target_paths(targets))
 
 
 def _layer(
@@ -82,24 +82,44 @@ def _layer(
     budget = units - allocate.keep_count(units, sparsity, round_to, min_channels)
     values = scores.detach().double().cpu().numpy()
     mean = values.mean()
-    weight = graph.model.get_submodule(target.name).weight
-    assert isinstance(weight, torch.Tensor)
     return _Layer(
         name=target.name,
         roots=graph.root[_units(graph, target.name, units)],
         scores=values / mean if mean > 0 else values,
         budget=budget,
         group=target.group,
-        weights_per_unit=weight.numel() // units,
+        weights_per_unit=_weight(graph, target.name).numel() // units,
     )
 
 
 def _units(graph: ChannelGraph, name: str, units: int) -> np.ndarray:
-    """The labels of a layer's output units; zeros where the run did not use it as a layer."""
-    found = graph.layers.get(f"{name}.weight" if name else "weight")
-    if found is None or len(found.labels) != units:
-        return np.zeros(units, np.int64)
-    return found.labels
+    """The labels of a layer's output units, or of a norm's channels.
+
+    Zeros where the run did not use it as such.
+    """
+    path = _weight_path(name)
+    found = graph.layers.get(path)
+    if found is not None:
+        labels: np.ndarray | None = found.labels
+    else:
+        leaf = graph.trace.leaves.get(path)
+        axes: Axes = () if leaf is None else graph.axes[leaf]
+        labels = axes[0] if len(axes) == 1 else None
+    return np.zeros(units, np.int64) if labels is None or len(labels) != units else labels
+
+
+def _weight_path(name: str) -> str:
+    return f"{name}.weight" if name else "weight"
+
+
+def _target_paths(targets: Targets) -> set[str]:
+    return {_weight_path(name) for t in targets for name in (t.name, *t.tied)}
+
+
+def _weight(graph: ChannelGraph, name: str) -> torch.Tensor:
+    weight = graph.model.get_submodule(name).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def _join_equal_parts(graph: ChannelGraph, layers: list[_Layer]) -> np.ndarray:
@@ -153,14 +173,26 @@ def _score_by_root(root: np.ndarray, layers: Iterable[_Layer]) -> np.ndarray:
 
 
 def _unremovable(graph: ChannelGraph, root: np.ndarray, targets: Targets) -> np.ndarray:
-    """Bool (labels,): roots that are fixed, or made by another layer that is not to be pruned."""
-    names = {f"{t.name}.weight" if t.name else "weight" for t in targets}
-    names |= {f"{name}.weight" for t in targets for name in t.tied}
+    """Bool (labels,): roots that are fixed, or of another layer that is not to be pruned.
+
+    Where the targets are norms, the layers that make their channels are pruned along, and the other
+    norms of their kind are the layers that are not to be pruned.
+    """
+    names = _target_paths(targets)
     fixed = np.zeros(len(root), bool)
     fixed[0] = True
+    of_norms = np.zeros(len(root), bool)
+    norms = [t.name for t in targets if _weight_path(t.name) not in graph.layers]
+    for name in norms:
+        of_norms[root[_units(graph, name, len(_weight(graph, name)))]] = True
     for path, layer in graph.layers.items():
         if path not in names and not layer.follows:
-            fixed[root[layer.labels]] = True
+            fixed[root[layer.labels][~of_norms[root[layer.labels]]]] = True
+    kinds = tuple({type(graph.model.get_submodule(name)) for name in norms})
+    for name, module in graph.model.named_modules():
+        weight = module._parameters.get("weight") if isinstance(module, kinds) else None
+        if weight is not None and _weight_path(name) not in names:
+            fixed[root[_units(graph, name, len(weight))]] = True
     return fixed
 
 
@@ -211,30 +243,41 @@ def _weights_by_group(layers: list[_Layer], needs: list[tuple[int, int]]) -> dic
 def _warn_of_untouched(layers: list[_Layer], gone: np.ndarray, graph: ChannelGraph) -> None:
     untouched = [x.name for x in layers if x.budget > 0 and not gone[x.roots].any()]
     for name in untouched:
-        labels = graph.layers.get(f"{name}.weight")
+        labels = _units(graph, name, len(_weight(graph, name)))
         reason = "runs in no way that the graph knows"
-        if labels is not None:
-            pinned = labels.labels[graph.root[labels.labels] == graph.root[0]]
+        if labels.any():
+            pinned = labels[graph.root[labels] == graph.root[0]]
             reason = graph.pin_reason(int(pinned[0])) if len(pinned) else "is coupled with a layer "
             reason += "" if len(pinned) else "that is not to be pruned, or in too large steps"
         warnings.warn(f"dependency_aware masks nothing of {name!r}: it {reason}", stacklevel=2)
 
 
-def _following_masks(graph: ChannelGraph, root: np.ndarray, gone: np.ndarray) -> Masks:
-    """Masks for all parameters along the chosen channels: norms, biases, scales, depthwise."""
+def _following_masks(
+    graph: ChannelGraph, root: np.ndarray, gone: np.ndarray, targets: set[str]
+) -> Masks:
+    """Masks for all other parameters along the chosen channels.
+
+    Norms, biases, scales, depthwise convolutions; and the filters, where the targets are norms.
+    """
     entries: dict[str, dict[str, torch.Tensor]] = {}
     for path, node in graph.trace.leaves.items():
         layer = graph.layers.get(path)
-        if node.meta["name"] != "parameter" or (layer is not None and not layer.follows):
+        if node.meta["name"] != "parameter" or path in targets:
             continue
         axes = {layer.axis: layer.labels} if layer else dict(enumerate(graph.axes[node]))
         for axis, labels in axes.items():
             lost = None if labels is None else gone[root[labels]]
             if lost is None or not lost.any():
                 continue
-            shape = [1] * len(node.meta["shape"])
-            shape[axis] = -1
-            keep = torch.from_numpy(~lost).reshape(shape).expand(node.meta["shape"])
+            weight = node.meta["tensor"]
             module, _, name = path.rpartition(".")
-            entries.setdefault(module, {})[name] = keep.to(node.meta["tensor"].device)
+            keep = _expanded(torch.from_numpy(~lost), weight, axis)
+            entries.setdefault(module, {})[name] = keep.to(weight.device)
     return Masks(entries)
+
+
+def _expanded(keep: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+    """The mask of a weight whose positions along ``axis`` are ``keep``, or its groups' channels."""
+    if len(keep) != weight.shape[axis]:  # a transposed convolution in groups
+        return allocate.expand_filters(keep, weight, axis, len(keep) // weight.shape[axis])
+    return keep.reshape(-1, *[1] * (weight.dim() - axis - 1)).expand(weight.shape)

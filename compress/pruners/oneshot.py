@@ -18,8 +18,8 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WITH_FILTERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
 
 
-class LevelPruner(Pruner):
-    """Masks single weights, the smallest by magnitude: Han et al. 2015. Biases are left alone.
+class WeightPruner(Pruner):
+    """Masks single weights; biases are left alone. A subclass is a score.
 
     Supports convolutions, transposed convolutions, Linear, Bilinear and embeddings. It has no
     ``round_to``, ``min_channels`` or dependency-aware mode, as it masks no channels.
@@ -39,41 +39,71 @@ class LevelPruner(Pruner):
     ) -> None:
         super().__init__(model, config_list, mode=mode)
 
-    def score(self, layer: Layer) -> Tensor:
-        return criteria.magnitude(layer.weight)
-
     def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
         return {"weight": keep.reshape(layer.weight.shape)}
 
 
-class FilterPruner(Pruner):
+class LevelPruner(WeightPruner):
+    """Masks single weights, the smallest by magnitude: Han et al. 2015."""
+
+    def score(self, layer: Layer) -> Tensor:
+        return criteria.magnitude(layer.weight)
+
+
+class LAMPPruner(WeightPruner):
+    """Masks single weights, the smallest beside those of their layer that are larger.
+
+    The score w² / Σ v², over the v of the layer that are not smaller, makes magnitudes of different
+    layers comparable: Lee et al. 2021, section 2. So it is for one ranking under a
+    ``total_sparsity``; in a layer by itself it ranks as `LevelPruner` does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        *,
+        mode: str = "global",
+        **options: Any,
+    ) -> None:
+        super().__init__(model, config_list, mode=mode, **options)
+
+    def score(self, layer: Layer) -> Tensor:
+        return criteria.lamp(layer.weight)
+
+
+class ChannelPruner(Pruner):
     """Masks whole filters: the weights that make an output channel, and its bias.
 
     Supports convolutions and transposed convolutions, grouped ones too, Linear, transformers'
     Conv1D, and, where an entry names it, Embedding (its features, which with
     ``mode="dependency_aware"`` is how the width of a language model's residual stream shrinks). A
-    subclass is a criterion.
+    subclass is a score.
     """
 
     supported_types: ClassVar[tuple[type[nn.Module], ...]] = _WITH_FILTERS
     optional_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
     granularity: ClassVar[str] = "whole filters"
 
-    @abstractmethod
-    def criterion(self, weight: Tensor, axis: int, groups: int) -> Tensor:
-        """``(output channels,)``, the score of each filter: see `compress.criteria`."""
-
     def unit_axis(self, module: nn.Module) -> int:
         return filter_axis(module)[0]
-
-    def score(self, layer: Layer) -> Tensor:
-        return self.criterion(layer.weight, *filter_axis(layer.module))
 
     def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
         masks = {"weight": expand_filters(keep, layer.weight, *filter_axis(layer.module))}
         if raw_parameter(layer.module, "bias") is not None:
             masks["bias"] = keep
         return masks
+
+
+class FilterPruner(ChannelPruner):
+    """Masks whole filters by their weights alone; a subclass is a criterion."""
+
+    @abstractmethod
+    def criterion(self, weight: Tensor, axis: int, groups: int) -> Tensor:
+        """``(output channels,)``, the score of each filter: see `compress.criteria`."""
+
+    def score(self, layer: Layer) -> Tensor:
+        return self.criterion(layer.weight, *filter_axis(layer.module))
 
 
 class L1FilterPruner(FilterPruner):
