@@ -36,7 +36,7 @@ class ModelSpeedup:
         dummy_input: what the model takes: a tensor, a tuple of arguments or a dict of keyword
             arguments, on the model's device. Any batch size; only shapes matter.
         masks_or_file: ``Masks``, a nested dict ``{module: {parameter: 0/1 tensor}}``, or the path
-            of a file that ``Masks.save`` wrote. Masks already on the model count as well, also those
+            of a file that ``Masks.save`` wrote. Masks already on the model count, too, as do those
             of ``torch.nn.utils.prune``; without any others they may be left out.
         map_location: the device to load a mask file to, as in ``torch.load``.
         optimizer: one that trains the model: its state (momentum, Adam's averages) shrinks along,
