@@ -46,8 +46,10 @@ def to_semi_structured(model: nn.Module) -> list[str]:
         _check_place(name, module.weight)
     sparse = {name: _sparse(module.weight) for name, module in found.items()}
     converted = {name: weight for name, weight in sparse.items() if weight is not None}
+    shared: dict[int, nn.Parameter] = {}
     for name, weight in converted.items():
-        found[name].weight = nn.Parameter(weight, requires_grad=False)
+        given = nn.Parameter(weight, requires_grad=False)
+        found[name].weight = shared.setdefault(id(found[name].weight), given)
     return list(converted)
 
 

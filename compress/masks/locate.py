@@ -127,6 +127,15 @@ def by_parameter(
     return wanted
 
 
+def parameter_slots(model: nn.Module) -> Iterator[Slot]:
+    """The first slot of each parameter object, by its plain name, under masks or not."""
+    for slots in owners(model).values():
+        slot = slots[0]
+        plain = slot.name.removesuffix("_orig")
+        pruned = plain != slot.name and pruning_hook(slot.module, plain) is not None
+        yield Slot(slot.path, slot.module, plain) if pruned else slot
+
+
 def owners(model: nn.Module) -> dict[int, list[Slot]]:
     """Every slot of each parameter object, by its id; a shared module counts once."""
     found: dict[int, list[Slot]] = {}

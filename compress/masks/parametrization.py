@@ -100,6 +100,17 @@ def raw_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return found
 
 
+def masked_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """`raw_parameter` with 0 where our mask or torch's is; gradients go to the raw one."""
+    raw = raw_parameter(module, name)
+    if raw is None or name in module._parameters:
+        return raw
+    ours = mask_on(module, name)
+    mask = module._buffers[f"{name}_mask"] if ours is None else ours.mask
+    assert mask is not None
+    return torch.where(mask.bool(), raw, 0)
+
+
 def masks_on(module: nn.Module) -> dict[str, MaskParametrization]:
     """Our masks on the parameters of ``module`` itself, by name."""
     if not parametrize.is_parametrized(module):

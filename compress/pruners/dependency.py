@@ -70,7 +70,7 @@ def coupled_masks(
         for t in targets
     ]  # fmt: skip
     units = {layer.name: _units(graph, layer.name, len(layer.scores)) for layer in layers}
-    roots = _join_grids(graph, head_grids(graph) if whole_heads else None)
+    roots = join_grids(graph, head_grids(graph) if whole_heads else None)
     roots = join_blocks_of(roots, units, blocks)
     roots = _join_equal_parts(graph, roots, layers)
     for layer, target in zip(layers, targets, strict=True):
@@ -151,7 +151,7 @@ def _join_equal_parts(graph: ChannelGraph, root: np.ndarray, layers: list[_Layer
     return root
 
 
-def _join_grids(graph: ChannelGraph, heads_of: list[bool] | None = None) -> np.ndarray:
+def join_grids(graph: ChannelGraph, heads_of: list[bool] | None = None) -> np.ndarray:
     """Roots in which a grid loses whole columns (a dim of every head), or else whole rows (heads).
 
     Rows where columns cannot go (a scale or a rotation counts on the dims), where ``heads_of`` says
