@@ -14,7 +14,7 @@ from compress.allocate import expand_filters
 from compress.criteria import filters
 from compress.errors import ConfigError, closest
 from compress.masks import Slot, masked_parameter, parameter_slots, raw_parameter
-from compress.pruners.oneshot import inputs_first
+from compress.pruners.patterns import inputs_first
 from compress.speedup.plan import Plan
 
 Parameters = nn.Module | Iterable[Tensor]

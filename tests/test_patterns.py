@@ -14,8 +14,13 @@ from torch.nn.utils import parametrize
 
 from compress import L1FilterPruner, L2FilterPruner, LevelPruner, Masks, ModelSpeedup
 from compress.errors import ConfigError, MaskError
-from compress.pruners.oneshot import inputs_first
-from compress.pruners.patterns import as_matrix, from_matrix, join_blocks, split_blocks
+from compress.pruners.patterns import (
+    as_matrix,
+    from_matrix,
+    inputs_first,
+    join_blocks,
+    split_blocks,
+)
 
 HALF = [{"sparsity": 0.5, "op_types": ["default"]}]
 TOTAL = [{"total_sparsity": 0.5, "op_types": ["default"]}]
@@ -64,7 +69,7 @@ def test_blocks_of_a_matrix_and_back() -> None:
     matrix = torch.arange(24).reshape(4, 6)
     blocks = split_blocks(matrix, 2, 3)
     assert blocks.tolist()[1] == [3, 4, 5, 9, 10, 11]
-    assert torch.equal(join_blocks(blocks, (4, 6), 2, 3), matrix)
+    assert torch.equal(join_blocks(blocks, 4, 2, 3), matrix)
 
 
 # -- single weights ------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -82,6 +83,8 @@ class Pruner(ABC):
     optional_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     granularity: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = MODES
+    _blocks: Mapping[str, int] = MappingProxyType({})  # filters that go together, where several do
+    _whole_heads = False
 
     def __init__(
         self,
@@ -116,15 +119,8 @@ class Pruner(ABC):
             granularity=self.granularity,
         )
         self._check_mode()
-        self._blocks: Mapping[str, int] = {}  # units of a layer that go together, where several do
-        self._whole_heads = False
         self._masks: Masks | None = None
         self._before = Masks()
-
-    @property
-    def runs_the_model(self) -> bool:
-        """Whether the mode asks the channel graph what goes together."""
-        return self.mode in ("dependency_aware", "isomorphic")
 
     def unit_axis(self, module: nn.Module) -> int:
         """The axis of a layer's weight that its units lie along."""
@@ -148,6 +144,11 @@ class Pruner(ABC):
         if self._masks is None:
             raise CompressError(f"{type(self).__name__} has no masks yet; call compress() first")
         return Masks(self._masks)
+
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether the mode asks the channel graph what goes together."""
+        return self.mode in ("dependency_aware", "isomorphic")
 
     def calc_masks(self) -> Masks:
         """The masks for the model's present weights; nothing is touched.

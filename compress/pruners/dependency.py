@@ -62,13 +62,11 @@ def coupled_masks(
     alone, with a warning.
     """
     graph = ChannelGraph(model, dummy_input)
-    layers = [
-        _layer(
-            graph, t, scores[t.name], math.lcm(round_to, blocks.get(t.name, 1)), min_channels,
-            normalize=not isomorphic,
-        )
-        for t in targets
-    ]  # fmt: skip
+    steps = {t.name: math.lcm(round_to, blocks.get(t.name, 1)) for t in targets}
+    layers = [_layer(graph, t, scores[t.name], steps[t.name], min_channels) for t in targets]
+    if isomorphic:
+        for layer in layers:
+            layer.scores = scores[layer.name].detach().double().cpu().numpy()
     units = {layer.name: _units(graph, layer.name, len(layer.scores)) for layer in layers}
     roots = join_grids(graph, head_grids(graph) if whole_heads else None)
     roots = join_blocks_of(roots, units, blocks)
@@ -86,27 +84,8 @@ def coupled_masks(
     return keep, _following_masks(graph, roots, gone)
 
 
-_Share = tuple[int, int]  # a group of layers under one total sparsity, a class of structure
-
-
-def _shares(layers: list[_Layer], targets: Targets, classes: np.ndarray) -> dict[_Share, int]:
-    """How many weights may go in all, for each group of layers and class of structure."""
-    weights: dict[_Share, int] = {}
-    for layer in (x for x in layers if x.group is not None):
-        found, counts = np.unique(classes[layer.roots], return_counts=True)
-        for kind, count in zip(found.tolist(), counts.tolist(), strict=True):
-            share = layer.group or 0, kind
-            weights[share] = weights.get(share, 0) + count * layer.weights_per_unit
-    return {s: int(targets.groups[s[0]].sparsity * w + 1e-9) for s, w in weights.items()}
-
-
 def _layer(
-    graph: ChannelGraph,
-    target: Target,
-    scores: torch.Tensor,
-    round_to: int,
-    min_channels: int,
-    normalize: bool,
+    graph: ChannelGraph, target: Target, scores: torch.Tensor, round_to: int, min_channels: int
 ) -> _Layer:
     units = len(scores)
     sparsity = target.sparsity
@@ -121,7 +100,7 @@ def _layer(
     return _Layer(
         name=target.name,
         roots=graph.root[_units(graph, target.name, units)],
-        scores=values / mean if normalize and mean > 0 else values,
+        scores=values / mean if mean > 0 else values,
         budget=budget,
         group=target.group,
         weights_per_unit=weight.numel() // units,
@@ -197,6 +176,20 @@ def _unremovable(graph: ChannelGraph, root: np.ndarray, targets: Targets) -> np.
         if path not in names and not layer.follows:
             fixed[root[layer.labels]] = True
     return fixed
+
+
+_Share = tuple[int, int]  # a group of layers under one total sparsity, a class of structure
+
+
+def _shares(layers: list[_Layer], targets: Targets, classes: np.ndarray) -> dict[_Share, int]:
+    """How many weights may go in all, for each group of layers and class of structure."""
+    weights: dict[_Share, int] = {}
+    for layer in (x for x in layers if x.group is not None):
+        found, counts = np.unique(classes[layer.roots], return_counts=True)
+        for kind, count in zip(found.tolist(), counts.tolist(), strict=True):
+            share = layer.group or 0, kind
+            weights[share] = weights.get(share, 0) + count * layer.weights_per_unit
+    return {s: int(targets.groups[s[0]].sparsity * w + 1e-9) for s, w in weights.items()}
 
 
 def _choose(

@@ -11,7 +11,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from compress.pruners.base import foreign_layers
+
+
+def inputs_first(module: nn.Module) -> tuple[bool, int]:
+    """``(inputs first, groups)``: whether a layer's weight has its inputs along axis 0."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return True, module.groups
+    return isinstance(module, foreign_layers()), 1
 
 
 def as_matrix(weight: Tensor, inputs_first: bool = False, groups: int = 1) -> Tensor:
@@ -47,11 +56,9 @@ def split_blocks(matrix: Tensor, height: int, width: int) -> Tensor:
     return blocks.reshape(-1, height * width)
 
 
-def join_blocks(blocks: Tensor, shape: tuple[int, int], height: int, width: int) -> Tensor:
-    """The matrix of ``shape`` that `split_blocks` split."""
-    rows, columns = shape
-    split = blocks.reshape(rows // height, columns // width, height, width)
-    return split.transpose(1, 2).reshape(rows, columns)
+def join_blocks(blocks: Tensor, rows: int, height: int, width: int) -> Tensor:
+    """The matrix of so many rows that `split_blocks` split."""
+    return blocks.reshape(rows // height, -1, height, width).transpose(1, 2).reshape(rows, -1)
 
 
 @dataclass(frozen=True)
