@@ -75,8 +75,11 @@ def coupled_masks(
         layer.roots = roots[units[target.name]]
     classes = structure_classes(graph, roots) if isomorphic else np.zeros(len(roots), np.int64)
     shares = _shares(layers, targets, classes)
-    gone = _choose(layers, _unremovable(graph, roots, targets), shares, classes)
-    _warn_of_untouched(layers, gone, graph)
+    fixed = _unremovable(graph, roots, targets)
+    gone = _choose(layers, fixed, shares, classes)
+    # Under a total sparsity a layer may be left alone because others are worth less.
+    able = [x for x in layers if x.group is None or fixed[x.roots].all()]
+    _warn_of_untouched(able, gone, graph)
     keep = {
         layer.name: torch.from_numpy(~gone[layer.roots]).to(scores[layer.name].device)
         for layer in layers
@@ -250,7 +253,7 @@ def _warn_of_untouched(layers: list[_Layer], gone: np.ndarray, graph: ChannelGra
             pinned = labels.labels[graph.root[labels.labels] == graph.root[0]]
             reason = graph.pin_reason(int(pinned[0])) if len(pinned) else "is coupled with a layer "
             reason += "" if len(pinned) else "that is not to be pruned, or in too large steps"
-        warnings.warn(f"dependency_aware masks nothing of {name!r}: it {reason}", stacklevel=2)
+        warnings.warn(f"the pruner masks nothing of {name!r}: it {reason}", stacklevel=2)
 
 
 def _following_masks(graph: ChannelGraph, root: np.ndarray, gone: np.ndarray) -> Masks:
