@@ -10,6 +10,7 @@ import torch
 from oracle import check_exact, randomise
 from test_attention import SelfAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from compress import L1FilterPruner, L2FilterPruner, LevelPruner, Masks, ModelSpeedup
@@ -259,6 +260,40 @@ def test_heads_by_hand_without_a_run() -> None:
     ModelSpeedup(model, x, masks).speedup_model()
     torch.testing.assert_close(model(x), expected)
     assert model.q.out_features == 24  # without its values, nothing reads the head
+
+
+class SharedKeys(nn.Module):
+    """Four heads of queries, two of keys and values: as a flag of the kernel, or repeated."""
+
+    def __init__(self, flag: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.out, self.flag = nn.Linear(32, 16), flag
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], -1, 8)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.flag:
+            y = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+        else:
+            k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for t in (k, v))
+            y = (q @ k.transpose(-1, -2) * 0.3).softmax(-1) @ v
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_heads_that_share_keys_go_with_them(flag: bool) -> None:
+    torch.manual_seed(0)
+    model, x = SharedKeys(flag).double(), torch.rand(2, 5, 16, dtype=torch.float64)
+    config_list = [{"sparsity": 0.5, "op_names": ["q", "k", "v"]}]
+    pruner = L2FilterPruner(
+        model, config_list, mode="dependency_aware", dummy_input=x, heads="auto"
+    )
+    _, masks = pruner.compress()
+    expected = model(x)
+    ModelSpeedup(model, x, masks).speedup_model()
+    torch.testing.assert_close(model(x), expected)
+    assert (model.q.out_features, model.k.out_features, model.v.out_features) == (16, 8, 8)
 
 
 # -- isomorphic ----------------------------------------------------------------------------
