@@ -24,6 +24,8 @@ from compress.errors import ConfigError, MaskError
 # 0.29 * 100 is 28.999999999999996: a count this close to the next integer is that integer.
 _EPSILON = 1e-9
 
+Limit = int | Mapping[str, int]  # of all layers, or of each by name
+
 
 def prune_count(units: int, sparsity: float) -> int:
     """``floor(sparsity · units)``, safe from binary fractions, and at most ``units - 1``."""
@@ -71,8 +73,8 @@ def per_layer(
     scores: Mapping[str, Tensor],
     sparsities: Mapping[str, float],
     *,
-    round_to: int = 1,
-    min_channels: int = 1,
+    round_to: Limit = 1,
+    min_channels: Limit = 1,
 ) -> dict[str, Tensor]:
     """Each layer by itself: a keep vector for every layer of ``sparsities``.
 
@@ -86,7 +88,8 @@ def per_layer(
     _check_finite({name: scores[name] for name in sparsities})
     return {
         name: keep_highest(
-            scores[name], keep_count(len(scores[name]), sparsity, round_to, min_channels)
+            scores[name],
+            keep_count(len(scores[name]), sparsity, _of(round_to, name), _of(min_channels, name)),
         )
         for name, sparsity in sparsities.items()
     }
@@ -98,8 +101,8 @@ def global_(
     sparsity: float,
     *,
     max_sparsity: Mapping[str, float] | None = None,
-    round_to: int = 1,
-    min_channels: int = 1,
+    round_to: Limit = 1,
+    min_channels: Limit = 1,
 ) -> dict[str, Tensor]:
     """One ranking over all layers, until ``sparsity`` of all *weights* is masked.
 
@@ -123,21 +126,24 @@ def global_(
     limits = {} if max_sparsity is None else max_sparsity
     ladders = {}
     for name, values in scores.items():
-        keep = keep_count(len(values), limits.get(name, 1.0), round_to, min_channels)
-        ladders[name] = _ladder(values, sizes[name], keep, round_to)
+        step = _of(round_to, name)
+        keep = keep_count(len(values), limits.get(name, 1.0), step, _of(min_channels, name))
+        ladders[name] = _ladder(values, sizes[name], keep, step)
     total = sum(len(values) * sizes[name] for name, values in scores.items())
     target = sparsity * total
     # How many weights more could have gone if nothing limited the layers.
     missing = [
-        round_to * sizes[name] for name, one in ladders.items() if one.prunable < len(scores[name])
+        one.round_to * sizes[name]
+        for name, one in ladders.items()
+        if one.prunable < len(scores[name])
     ]
     reachable = sum(one.prunable * sizes[name] for name, one in ladders.items())
     if missing and target - reachable >= min(missing) - _EPSILON:
         raise ConfigError(
             f"total_sparsity {sparsity} over {_listed(scores)}: at most {reachable / total:.4f} "
             "can be masked, since every layer keeps what max_sparsity_per_layer, min_channels="
-            f"{min_channels} and round_to={round_to} ask for, and one unit in any case; lower "
-            "total_sparsity or relax these"
+            f"{_shown(min_channels)} and round_to={_shown(round_to)} ask for, and one unit in any "
+            "case; lower total_sparsity or relax these"
         )
     steps = _cut(ladders, target)
     return {
@@ -238,6 +244,15 @@ def _steps_nearest(ranking: Tensor, weights: Tensor, target: float) -> int:
     masked = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)]).double()
     distance = (masked - target).abs()
     return int((distance <= distance.min() + _EPSILON * max(1.0, target)).nonzero()[0])
+
+
+def _of(limit: Limit, name: str) -> int:
+    return limit if isinstance(limit, int) else limit[name]
+
+
+def _shown(limit: Limit) -> str:
+    each = {limit} if isinstance(limit, int) else set(limit.values())
+    return " to ".join(str(value) for value in sorted({min(each), max(each)}))
 
 
 def _check_finite(scores: Mapping[str, Tensor]) -> None:

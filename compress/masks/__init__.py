@@ -7,7 +7,12 @@ for a while, `remove_masks` writes the zeros into the parameters for good. A mas
 `torch.nn.utils.parametrize` parametrization.
 """
 
-from compress.masks.parametrization import MaskParametrization, raw_parameter
+from compress.masks.locate import Slot, parameter_slots
+from compress.masks.parametrization import (
+    MaskParametrization,
+    masked_parameter,
+    raw_parameter,
+)
 from compress.masks.suspend import (
     SuspendedMasks,
     applied_masks,
@@ -20,9 +25,12 @@ from compress.masks.value import Masks
 __all__ = [
     "MaskParametrization",
     "Masks",
+    "Slot",
     "SuspendedMasks",
     "applied_masks",
+    "masked_parameter",
     "masked_state_dict",
+    "parameter_slots",
     "raw_parameter",
     "remove_masks",
     "suspend_masks",

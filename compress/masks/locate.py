@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from compress.errors import closest
 from compress.masks.entries import full_name, raise_all
 from compress.masks.parametrization import is_ours, mask_on, masks_on, parts_of, raw_parameter
+from compress.masks.torch_prune import pruning_hook
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def _slot_problem(slot: Slot, mask: Tensor) -> str:
         names = list(_parameter_names(slot.module))
         has = f"it has {', '.join(map(repr, names))}" if names else "it has none"
         return f"this {kind} has no such parameter; {has}{closest(slot.name, names)}"
+    plain = slot.name.removesuffix("_orig")
+    if plain != slot.name and pruning_hook(slot.module, plain) is not None:
+        return f"torch.nn.utils.prune keeps {plain!r} under this name; mask it as {plain!r}"
     if isinstance(parameter, UninitializedParameter):
         return "the parameter has no shape yet; run the model once on a batch before masking it"
     if parameter.shape != mask.shape:
@@ -121,6 +125,15 @@ def by_parameter(
         wanted[id(parameter)] = (together, named)
     raise_all("these masks cannot be applied", problems)
     return wanted
+
+
+def parameter_slots(model: nn.Module) -> Iterator[Slot]:
+    """The first slot of each parameter object, by its plain name, under masks or not."""
+    for slots in owners(model).values():
+        slot = slots[0]
+        plain = slot.name.removesuffix("_orig")
+        pruned = plain != slot.name and pruning_hook(slot.module, plain) is not None
+        yield Slot(slot.path, slot.module, plain) if pruned else slot
 
 
 def owners(model: nn.Module) -> dict[int, list[Slot]]:

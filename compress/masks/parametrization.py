@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.masks.entries import full_name, raise_all
+from compress.masks.torch_prune import pruning_hook
 
 
 class MaskParametrization(nn.Module):
@@ -49,16 +50,65 @@ class AppliedMask:
     name: str
     parametrization: MaskParametrization
 
+    @property
+    def mask(self) -> Tensor:
+        return self.parametrization.mask
+
+    @property
+    def named(self) -> bool:
+        return self.parametrization.named
+
+    def put_on(self) -> None:
+        """Parametrise; the module's first mask remembers the order of its parameters."""
+        module, part = self.module, self.parametrization
+        others = masks_on(module)
+        part.order = next(iter(others.values())).order if others else tuple(module._parameters)
+        if parametrize.is_parametrized(module):
+            _unshare_class(module)
+        parametrize.register_parametrization(module, self.name, part)
+        if isinstance(module, nn.RNNBase):
+            _make_copyable(module)
+
+    def take_off(self) -> None:
+        """The raw parameter goes back to its name, place and class."""
+        module, name = self.module, self.name
+        original = parts_of(module, name).original
+        parts = cast(nn.ModuleDict, module.parametrizations)
+        del parts[name]
+        if len(parts) == 0:
+            del module.parametrizations
+            module.__class__ = type(module).__bases__[0]
+        else:
+            _unshare_class(module, without=name)
+        setattr(module, name, original)
+        order = {key: place for place, key in enumerate(self.parametrization.order)}
+        items = sorted(module._parameters.items(), key=lambda item: order.get(item[0], len(order)))
+        module._parameters.clear()
+        module._parameters.update(items)
+
 
 def raw_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """The stored `Parameter` behind ``module.name``, under our mask if there is one.
+    """The stored `Parameter` behind ``module.name``, under our mask or torch's if there is one.
 
     None where ``name`` is no parameter of ``module``, or is parametrised by somebody else.
     """
     found = dict(module._parameters.items()).get(name)  # a scripted module's has no get()
     if found is None and mask_on(module, name) is not None:
         found = parts_of(module, name)._parameters.get("original")
+    if found is None and pruning_hook(module, name) is not None:
+        found = module._parameters.get(f"{name}_orig")
     return found
+
+
+def masked_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """`raw_parameter` with 0 where our mask or torch's is; gradients go to the raw one."""
+    raw = raw_parameter(module, name)
+    if raw is None or name in module._parameters:
+        return raw
+    ours = mask_on(module, name)
+    mask = module._buffers[f"{name}_mask"] if ours is None else ours.mask
+    assert mask is not None
+    return torch.where(mask.bool(), raw, 0)
 
 
 def masks_on(module: nn.Module) -> dict[str, MaskParametrization]:
@@ -101,36 +151,6 @@ def parts_of(module: nn.Module, name: str) -> parametrize.ParametrizationList:
 
 def is_ours(parts: parametrize.ParametrizationList) -> bool:
     return "0" in parts._modules and isinstance(parts[0], MaskParametrization)
-
-
-def attach(applied: AppliedMask) -> None:
-    """Put one mask on; the module's first mask remembers the order of its parameters."""
-    module, part = applied.module, applied.parametrization
-    others = masks_on(module)
-    part.order = next(iter(others.values())).order if others else tuple(module._parameters)
-    if parametrize.is_parametrized(module):
-        _unshare_class(module)
-    parametrize.register_parametrization(module, applied.name, part)
-    if isinstance(module, nn.RNNBase):
-        _make_copyable(module)
-
-
-def detach(applied: AppliedMask) -> None:
-    """Take one mask off: the raw parameter goes back to its name, place and class."""
-    module, name = applied.module, applied.name
-    original = parts_of(module, name).original
-    parts = cast(nn.ModuleDict, module.parametrizations)
-    del parts[name]
-    if len(parts) == 0:
-        del module.parametrizations
-        module.__class__ = type(module).__bases__[0]
-    else:
-        _unshare_class(module, without=name)
-    setattr(module, name, original)
-    order = {key: place for place, key in enumerate(applied.parametrization.order)}
-    items = sorted(module._parameters.items(), key=lambda item: order.get(item[0], len(order)))
-    module._parameters.clear()
-    module._parameters.update(items)
 
 
 def _make_copyable(module: nn.RNNBase) -> None:

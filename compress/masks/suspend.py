@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from compress.masks.parametrization import (
-    AppliedMask,
-    applied_to,
-    attach,
-    detach,
-    raw_parameter,
-)
+from compress.masks.apply import write_zeros
+from compress.masks.parametrization import AppliedMask, applied_to, raw_parameter
+from compress.masks.torch_prune import TorchMask, torch_masks
 from compress.masks.value import Masks
 
 
@@ -28,12 +22,12 @@ class SuspendedMasks:
     """
 
     masks: Masks
-    _applied: list[AppliedMask] = field(repr=False)
+    _applied: list[AppliedMask | TorchMask] = field(repr=False)
 
     def restore(self) -> None:
         """Put every mask back where it was. A second call does nothing."""
         while self._applied:
-            attach(self._applied[0])
+            self._applied[0].put_on()
             self._applied.pop(0)
 
     def __enter__(self) -> SuspendedMasks:
@@ -48,36 +42,48 @@ class SuspendedMasks:
         self.restore()
 
 
+def masks_on_model(model: nn.Module) -> list[AppliedMask | TorchMask]:
+    """Every mask on ``model``: ours, and those of ``torch.nn.utils.prune``.
+
+    Raises:
+        MaskError: one of them cannot be taken off, or torch's are no masks of whole parameters.
+    """
+    return [*torch_masks(model), *applied_to(model)]
+
+
 def applied_masks(model: nn.Module) -> Masks:
     """A copy of the masks that ``model`` computes with now; empty where there are none.
+
+    Those of ``torch.nn.utils.prune`` count, under the plain names.
 
     A tied parameter is listed under the modules that the masks named; a module registered under
     several paths under the first.
     """
     entries: dict[str, dict[str, Tensor]] = {}
-    for applied in applied_to(model):
-        if applied.parametrization.named:
-            entries.setdefault(applied.path, {})[applied.name] = applied.parametrization.mask
+    for applied in masks_on_model(model):
+        if applied.named:
+            entries.setdefault(applied.path, {})[applied.name] = applied.mask
     return Masks(entries)
 
 
 def suspend_masks(model: nn.Module) -> SuspendedMasks:
-    """Take our masks off ``model``: plain parameters with the raw, unmasked values.
+    """Take all masks off ``model``, ours and torch's: plain parameters with the unmasked values.
 
-    Names, order of the parameters, `Parameter` objects and classes are those of the plain model.
-    Other people's parametrizations are left alone.
-
+    Names, order of the parameters, `Parameter` objects and classes are those of the plain model
+    (torch moves what it prunes to the end; there it stays, as after its ``prune.remove``). Other
+    people's parametrizations are left alone.
     Raises:
-        MaskError: something was parametrised on top of a mask; the model is untouched.
+        MaskError: something was parametrised on top of a mask, or torch prunes parameters that
+            modules share in one of them only; the model is untouched.
     """
-    masks, applied = applied_masks(model), applied_to(model)
+    masks, applied = applied_masks(model), masks_on_model(model)
     for one in applied:
-        detach(one)
+        one.take_off()
     return SuspendedMasks(masks, applied)
 
 
 def remove_masks(model: nn.Module) -> Masks:
-    """Write the zeros of our masks into the parameters, in place, and take the masks off.
+    """Write the zeros of all masks, ours and torch's, into the parameters; take the masks off.
 
     Returns:
         What was applied, as `applied_masks`. A model without masks is left as it is.
@@ -85,13 +91,8 @@ def remove_masks(model: nn.Module) -> Masks:
     Raises:
         MaskError: as `suspend_masks`.
     """
-    masks, applied = applied_masks(model), applied_to(model)
-    for one in applied:
-        detach(one)
-        with torch.no_grad():
-            cast(nn.Parameter, raw_parameter(one.module, one.name)).masked_fill_(
-                ~one.parametrization.mask, 0
-            )
+    masks = applied_masks(model)
+    write_zeros(masks_on_model(model))
     return masks
 
 
@@ -104,10 +105,7 @@ def masked_state_dict(model: nn.Module) -> dict[str, Tensor]:
         MaskError: as `suspend_masks`.
     """
     with suspend_masks(model) as suspended:
-        masks = {
-            id(raw_parameter(one.module, one.name)): one.parametrization.mask
-            for one in suspended._applied
-        }
+        masks = {id(raw_parameter(one.module, one.name)): one.mask for one in suspended._applied}
         state: dict[str, Tensor] = model.state_dict()
         zeroed: dict[int, Tensor] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):

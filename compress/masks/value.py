@@ -14,10 +14,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from compress.errors import MaskError
-from compress.masks.apply import apply_masks
+from compress.masks.apply import apply_masks, make_permanent, put_torch_masks
 from compress.masks.entries import copy_entry, full_name, raise_all, typed
 from compress.masks.files import read_masks, write_masks
 from compress.masks.locate import locate
+from compress.masks.torch_prune import torch_masks
 
 
 class Masks(Mapping[str, Mapping[str, Tensor]]):
@@ -231,6 +232,54 @@ class Masks(Mapping[str, Mapping[str, Tensor]]):
             MaskError: as `validate`, or a parameter is on the meta device; the model is untouched.
         """
         apply_masks(self, model)
+
+    @staticmethod
+    def from_torch_prune(model: nn.Module) -> Masks:
+        """The masks of a model that ``torch.nn.utils.prune`` pruned, by whatever method.
+
+        Read from what the model computes with, so that several methods on one parameter are one
+        mask. Names are the plain ones: ``{"conv": {"weight": mask}}``. The model is not touched. A
+        speedup, a pruner and `apply` take such a model as it is; these masks are for looking at,
+        saving and combining.
+
+        Raises:
+            MaskError: nothing in the model is pruned so; a mask is not of 0 and 1; a parameter that
+                modules share is pruned in one of them only, or in another way.
+        """
+        found = torch_masks(model)
+        if not found:
+            raise MaskError(
+                f"{type(model).__name__}: torch.nn.utils.prune masks nothing in it; prune it "
+                "first, for instance with torch.nn.utils.prune.l1_unstructured(model.conv1, "
+                '"weight", 0.5), and pass it before prune.remove'
+            )
+        entries: dict[str, dict[str, Tensor]] = {}
+        for one in found:
+            entries.setdefault(one.path, {})[one.name] = one.mask
+        return Masks(entries)
+
+    def apply_torch_prune(self, model: nn.Module) -> None:
+        """Prune ``model`` with these masks as ``torch.nn.utils.prune`` does, in place.
+
+        Every masked ``weight`` becomes ``weight_orig``, ``weight_mask`` and a pre-hook, in all
+        modules that have the parameter. What torch has masked before stays masked; masks of ours on
+        the model are taken along and are torch's after.
+
+        Raises:
+            MaskError: as `validate`; the model is untouched.
+        """
+        put_torch_masks(self, model)
+
+    def make_permanent(self, model: nn.Module) -> None:
+        """Write the zeros of these masks into the parameters of ``model``, in place.
+
+        As torch's ``prune.remove``: a plain model, with the same `Parameter` objects. Masks that
+        were on it, ours or torch's, are written in and taken off, too.
+
+        Raises:
+            MaskError: as `apply`; the model is untouched.
+        """
+        make_permanent(self, model)
 
 
 def _kept(mask: Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +31,7 @@ from compress.masks import (
     suspend_masks,
 )
 
-MODES = ("normal", "global", "dependency_aware")
+MODES = ("normal", "global", "dependency_aware", "isomorphic")
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,12 @@ class Pruner(ABC):
         config_list: which layers, and how much of them: see `compress.config`.
         mode: "normal" takes every layer by itself; "global" is one ranking over all the layers of a
             ``total_sparsity`` entry; "dependency_aware" scores and masks the layers together that
-            can only shrink together, found by running the model on ``dummy_input``.
+            can only shrink together, found by running the model on ``dummy_input``; "isomorphic"
+            does so, too, with one ranking under a ``total_sparsity`` for each kind of structure, so
+            that scores of different kinds (attention, MLP, residual stream) are not compared. Those
+            of one kind are, as they are; ``max_sparsity_per_layer`` bounds what a layer may lose.
         dependency_aware: NNI v1's way to say ``mode="dependency_aware"``.
-        dummy_input: an input of the model, for that mode: a tensor, tuple, or dict of arguments.
+        dummy_input: an input of the model, for the last two: a tensor, tuple, or dict of arguments.
         round_to: the number of kept units is rounded up to a multiple of this.
         min_channels: units that every layer keeps (all of them, if it has fewer).
 
@@ -79,6 +84,8 @@ class Pruner(ABC):
     optional_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     granularity: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = MODES
+    _blocks: Mapping[str, int] = MappingProxyType({})  # filters that go together, where several do
+    _whole_heads = False
 
     def __init__(
         self,
@@ -94,8 +101,8 @@ class Pruner(ABC):
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model: got {type(model).__name__}; expected a torch.nn.Module")
         if dependency_aware:
-            if mode == "global":
-                raise ConfigError("got mode='global' and dependency_aware=True; choose one")
+            if mode not in ("normal", "dependency_aware"):
+                raise ConfigError(f"got mode={mode!r} and dependency_aware=True; choose one")
             mode = "dependency_aware"
         self.model = model
         self.mode = mode
@@ -142,6 +149,11 @@ class Pruner(ABC):
         if self._masks is None:
             raise CompressError(f"{type(self).__name__} has no masks yet; call compress() first")
         return Masks(self._masks)
+
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether the mode asks the channel graph what goes together."""
+        return self.mode in ("dependency_aware", "isomorphic")
 
     def calc_masks(self) -> Masks:
         """The masks for the model's present weights; nothing is touched.
@@ -239,33 +251,33 @@ class Pruner(ABC):
             problems.append(
                 f"mode: got {self.mode!r}; {type(self).__name__} has {', '.join(self.modes)}"
             )
-        elif self.mode == "dependency_aware" and self.dummy_input is None:
+        elif self.runs_the_model and self.dummy_input is None:
             problems.append(
-                "dummy_input: got None; mode 'dependency_aware' runs the model to see which layers "
+                f"dummy_input: got None; mode {self.mode!r} runs the model to see which layers "
                 "depend on each other: pass an input of it, such as torch.rand(1, 3, 224, 224)"
             )
         for name in ("round_to", "min_channels"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 problems.append(f"{name}: got {value!r}; expected a whole number ≥ 1")
-        _raise_all(type(self).__name__, problems)
+        raise_all(type(self).__name__, problems)
 
     def _check_mode(self) -> None:
         """Whether the mode is about what the config_list has."""
         problems = []
-        if self.mode == "normal":
+        if self.mode in ("normal", "balanced"):
             problems = [
                 f"config_list[{group.entry}]: total_sparsity is one ranking over several layers, "
-                "and mode='normal' takes every layer by itself; pass mode='global', or give "
+                f"and mode={self.mode!r} takes every layer by itself; pass mode='global', or give "
                 "sparsity_per_layer"
                 for group in self.targets.groups
             ]
-        elif self.mode == "global" and not self.targets.groups:
+        elif self.mode in ("global", "isomorphic") and not self.targets.groups:
             problems = [
-                "mode='global' is one ranking under a total_sparsity, and no entry of the "
+                f"mode={self.mode!r} is one ranking under a total_sparsity, and no entry of the "
                 "config_list that selects a layer has one; give total_sparsity, or leave mode out"
             ]
-        _raise_all(type(self).__name__, problems)
+        raise_all(type(self).__name__, problems)
 
     def _masks_before(self) -> Masks:
         """The masks on the model that are not this pruner's."""
@@ -298,13 +310,12 @@ class Pruner(ABC):
         self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Masks]:
         """A keep vector for every target, and masks of other parameters that follow from them."""
-        if self.mode == "dependency_aware":
+        if self.runs_the_model:
             return self._allocate_coupled(scores)
         keep = allocate.per_layer(
             scores,
             {one.name: one.sparsity for one in self.targets if one.sparsity is not None},
-            round_to=self.round_to,
-            min_channels=self.min_channels,
+            **self._limits(),
         )
         for number, group in enumerate(self.targets.groups):
             members = [one for one in self.targets if one.group == number]
@@ -323,9 +334,18 @@ class Pruner(ABC):
             {one.name: layers[one.name].weight.numel() // len(scores[one.name]) for one in members},
             sparsity,
             max_sparsity={one.name: one.max_sparsity for one in members},
-            round_to=self.round_to,
-            min_channels=self.min_channels,
+            **self._limits(),
         )
+
+    def _limits(self) -> dict[str, allocate.Limit]:
+        """``round_to`` and ``min_channels``, counted in what goes at once."""
+        if not self._blocks:
+            return {"round_to": self.round_to, "min_channels": self.min_channels}
+        sizes = {one.name: self._blocks.get(one.name, 1) for one in self.targets}
+        return {
+            "round_to": {n: math.lcm(self.round_to, size) // size for n, size in sizes.items()},
+            "min_channels": {n: -(-self.min_channels // size) for n, size in sizes.items()},
+        }
 
     def _allocate_coupled(self, scores: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Masks]:
         # Imported here: it needs the graph engine, which the other modes do without.
@@ -340,11 +360,14 @@ class Pruner(ABC):
                 self.dummy_input,
                 round_to=self.round_to,
                 min_channels=self.min_channels,
+                blocks=self._blocks,
+                whole_heads=self._whole_heads,
+                isomorphic=self.mode == "isomorphic",
             )
         return dict(keep), Masks.coerce(extra)
 
 
-def _raise_all(who: str, problems: list[str]) -> None:
+def raise_all(who: str, problems: list[str]) -> None:
     if problems:
         raise ConfigError("\n  ".join([f"{who} cannot be made:", *problems]))
 

@@ -9,6 +9,7 @@ mean over the group of scores that are divided by their layer's mean.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from compress.config import Target, Targets
 from compress.graph.channels import ChannelGraph
 from compress.graph.labels import Axes, joined
 from compress.masks import Masks
+from compress.pruners.structure import head_grids, join_blocks_of, structure_classes
 
 
 @dataclass
@@ -45,25 +47,39 @@ def coupled_masks(
     *,
     round_to: int,
     min_channels: int,
+    blocks: Mapping[str, int],
+    whole_heads: bool,
+    isomorphic: bool,
 ) -> tuple[dict[str, torch.Tensor], Masks]:
     """Keep vectors (units,) for every target, and the masks of what follows their channels.
+
+    ``blocks``: how many neighbouring units of a layer go together. ``whole_heads``: of attention,
+    heads go and not their dims. ``isomorphic``: a total sparsity is that of each kind of structure
+    by itself (see `structure_classes`), and scores are as they are, not divided by a layer's mean.
 
     No layer loses more than its sparsity allows, so that coupled layers with different sparsities
     lose what the smallest allows. A layer of which nothing can go (the model's output) is left
     alone, with a warning.
     """
     graph = ChannelGraph(model, dummy_input)
-    layers = [_layer(graph, t, scores[t.name], round_to, min_channels) for t in targets]
-    roots = _join_equal_parts(graph, layers)
+    steps = {t.name: math.lcm(round_to, blocks.get(t.name, 1)) for t in targets}
+    layers = [_layer(graph, t, scores[t.name], steps[t.name], min_channels) for t in targets]
+    if isomorphic:
+        for layer in layers:
+            layer.scores = scores[layer.name].detach().double().cpu().numpy()
+    units = {layer.name: _units(graph, layer.name, len(layer.scores)) for layer in layers}
+    roots = join_grids(graph, head_grids(graph) if whole_heads else None)
+    roots = join_blocks_of(roots, units, blocks)
+    roots = _join_equal_parts(graph, roots, layers)
     for layer, target in zip(layers, targets, strict=True):
-        layer.roots = roots[_units(graph, target.name, len(layer.scores))]
-    shares = {
-        number: int(group.sparsity * sum(x.weights_per_unit * len(x.scores) for x in layers
-                                         if x.group == number) + 1e-9)
-        for number, group in enumerate(targets.groups)
-    }  # fmt: skip
-    gone = _choose(layers, _unremovable(graph, roots, targets), shares)
-    _warn_of_untouched(layers, gone, graph)
+        layer.roots = roots[units[target.name]]
+    classes = structure_classes(graph, roots) if isomorphic else np.zeros(len(roots), np.int64)
+    shares = _shares(layers, targets, classes)
+    fixed = _unremovable(graph, roots, targets)
+    gone = _choose(layers, fixed, shares, classes)
+    # Under a total sparsity a layer may be left alone because others are worth less.
+    able = [x for x in layers if x.group is None or fixed[x.roots].all()]
+    _warn_of_untouched(able, gone, graph)
     keep = {
         layer.name: torch.from_numpy(~gone[layer.roots]).to(scores[layer.name].device)
         for layer in layers
@@ -122,13 +138,12 @@ def _weight(graph: ChannelGraph, name: str) -> torch.Tensor:
     return weight
 
 
-def _join_equal_parts(graph: ChannelGraph, layers: list[_Layer]) -> np.ndarray:
+def _join_equal_parts(graph: ChannelGraph, root: np.ndarray, layers: list[_Layer]) -> np.ndarray:
     """Roots in which what must go in equal numbers goes together.
 
     Of the groups of a grouped convolution (the pieces of a chunk) the lowest of each go together,
     then the second lowest, and so on.
     """
-    root = _join_grids(graph)
     for equal in graph.space.equal_parts:
         score = _score_by_root(root, layers)
         order = np.argsort(score[root[equal.parts]], axis=1, kind="stable")
@@ -138,14 +153,16 @@ def _join_equal_parts(graph: ChannelGraph, layers: list[_Layer]) -> np.ndarray:
     return root
 
 
-def _join_grids(graph: ChannelGraph) -> np.ndarray:
+def join_grids(graph: ChannelGraph, heads_of: list[bool] | None = None) -> np.ndarray:
     """Roots in which a grid loses whole columns (a dim of every head), or else whole rows (heads).
 
-    Rows where columns cannot go (a scale or a rotation counts on the dims), and where the rows are
-    those of such a grid: the heads of q, k and v.
+    Rows where columns cannot go (a scale or a rotation counts on the dims), where ``heads_of`` says
+    so of the grid, and where the rows are those of such a grid: the heads of q, k and v.
     """
     root, grids = graph.root, graph.space.grids
     by_row = [bool((root[g.columns] == 0).any() and (root[g.rows] != 0).any()) for g in grids]
+    if heads_of is not None:
+        by_row = [row or head for row, head in zip(by_row, heads_of, strict=True)]
     heads: set[int] = set()
     while True:
         found = {r for g, rows in zip(grids, by_row, strict=True) if rows for r in root[g.rows]}
@@ -196,11 +213,27 @@ def _unremovable(graph: ChannelGraph, root: np.ndarray, targets: Targets) -> np.
     return fixed
 
 
-def _choose(layers: list[_Layer], fixed: np.ndarray, shares: dict[int, int]) -> np.ndarray:
+_Share = tuple[int, int]  # a group of layers under one total sparsity, a class of structure
+
+
+def _shares(layers: list[_Layer], targets: Targets, classes: np.ndarray) -> dict[_Share, int]:
+    """How many weights may go in all, for each group of layers and class of structure."""
+    weights: dict[_Share, int] = {}
+    for layer in (x for x in layers if x.group is not None):
+        found, counts = np.unique(classes[layer.roots], return_counts=True)
+        for kind, count in zip(found.tolist(), counts.tolist(), strict=True):
+            share = layer.group or 0, kind
+            weights[share] = weights.get(share, 0) + count * layer.weights_per_unit
+    return {s: int(targets.groups[s[0]].sparsity * w + 1e-9) for s, w in weights.items()}
+
+
+def _choose(
+    layers: list[_Layer], fixed: np.ndarray, shares: dict[_Share, int], classes: np.ndarray
+) -> np.ndarray:
     """Bool (labels,), the roots to mask: lowest scores first, while all their layers may lose them.
 
-    ``shares`` holds, for each group of layers under one total sparsity, how many weights it may
-    lose in all.
+    ``shares`` holds, for each group of layers under one total sparsity and each class, how many
+    weights it may lose in all.
     """
     if not layers:
         return np.zeros(len(fixed), bool)
@@ -220,23 +253,26 @@ def _choose(layers: list[_Layer], fixed: np.ndarray, shares: dict[int, int]) -> 
     for atom in np.argsort(mean, kind="stable").tolist():
         if blocked[atom] or any(number > budget[i] for i, number in needs[atom]):
             continue
-        weights = _weights_by_group(layers, needs[atom])
-        if any(weight > left[group] for group, weight in weights.items()):
+        weights = _weights_by_share(layers, needs[atom], int(classes[atoms[atom]]))
+        if any(weight > left[share] for share, weight in weights.items()):
             continue
         for i, number in needs[atom]:
             budget[i] -= number
-        for group, weight in weights.items():
-            left[group] -= weight
+        for share, weight in weights.items():
+            left[share] -= weight
         gone[atoms[atom]] = True
     return gone
 
 
-def _weights_by_group(layers: list[_Layer], needs: list[tuple[int, int]]) -> dict[int, int]:
-    weights: dict[int, int] = {}
+def _weights_by_share(
+    layers: list[_Layer], needs: list[tuple[int, int]], kind: int
+) -> dict[_Share, int]:
+    weights: dict[_Share, int] = {}
     for i, number in needs:
         group = layers[i].group
         if group is not None:
-            weights[group] = weights.get(group, 0) + number * layers[i].weights_per_unit
+            share = group, kind
+            weights[share] = weights.get(share, 0) + number * layers[i].weights_per_unit
     return weights
 
 
@@ -249,7 +285,7 @@ def _warn_of_untouched(layers: list[_Layer], gone: np.ndarray, graph: ChannelGra
             pinned = labels[graph.root[labels] == graph.root[0]]
             reason = graph.pin_reason(int(pinned[0])) if len(pinned) else "is coupled with a layer "
             reason += "" if len(pinned) else "that is not to be pruned, or in too large steps"
-        warnings.warn(f"dependency_aware masks nothing of {name!r}: it {reason}", stacklevel=2)
+        warnings.warn(f"the pruner masks nothing of {name!r}: it {reason}", stacklevel=2)
 
 
 def _following_masks(

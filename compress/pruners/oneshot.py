@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from compress import criteria
 from compress.allocate import expand_filters
 from compress.masks import Masks, raw_parameter
-from compress.pruners.base import Layer, Pruner, foreign_layers
+from compress.pruners.base import Layer, foreign_layers
+from compress.pruners.blocks import BlockPruner, PatternPruner
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WITH_FILTERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
 
 
-class WeightPruner(Pruner):
+class WeightPruner(PatternPruner):
     """Masks single weights; biases are left alone. A subclass is a score.
 
     Supports convolutions, transposed convolutions, Linear, Bilinear and embeddings. It has no
-    ``round_to``, ``min_channels`` or dependency-aware mode, as it masks no channels.
+    ``round_to``, ``min_channels`` or dependency-aware mode, as it masks no channels. Patterns
+    (rows, blocks, N:M) are those of `PatternPruner`.
     """
 
     supported_types: ClassVar[tuple[type[nn.Module], ...]] = (
@@ -32,12 +34,6 @@ class WeightPruner(Pruner):
         nn.EmbeddingBag,
     )
     granularity: ClassVar[str] = "single weights"
-    modes: ClassVar[tuple[str, ...]] = ("normal", "global")
-
-    def __init__(
-        self, model: nn.Module, config_list: Sequence[Mapping[str, Any]], *, mode: str = "normal"
-    ) -> None:
-        super().__init__(model, config_list, mode=mode)
 
     def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
         return {"weight": keep.reshape(layer.weight.shape)}
@@ -72,13 +68,13 @@ class LAMPPruner(WeightPruner):
         return criteria.lamp(layer.weight)
 
 
-class ChannelPruner(Pruner):
+class ChannelPruner(BlockPruner):
     """Masks whole filters: the weights that make an output channel, and its bias.
 
     Supports convolutions and transposed convolutions, grouped ones too, Linear, transformers'
     Conv1D, and, where an entry names it, Embedding (its features, which with
-    ``mode="dependency_aware"`` is how the width of a language model's residual stream shrinks). A
-    subclass is a score.
+    ``mode="dependency_aware"`` is how the width of a language model's residual stream shrinks).
+    Blocks and heads are those of `BlockPruner`. A subclass is a score.
     """
 
     supported_types: ClassVar[tuple[type[nn.Module], ...]] = _WITH_FILTERS

@@ -126,11 +126,13 @@ class MatMul(Contraction):
     def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
         if self.has_weight(call):
             yield from super().reads(call, known, live)
-            return
+        for sides in self.summed(call):
+            yield from summed_reads(known, sides)
+
+    def summed(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
         a, b, _ = self.operands(call)
-        if len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
-            return
-        yield from summed_reads(known, [(a, -1), (b, -2)])
+        odd = len(shape_of(a)) < 2 or len(shape_of(b)) < 2
+        return [] if odd or self.has_weight(call) else [[(a, -1), (b, -2)]]
 
     def rewrite(self, call: Call, plan: PlanBuilder) -> None:
         if self.has_weight(call):
@@ -194,8 +196,12 @@ class Attention(Rule):
         return torch.where(value == 0, value, torch.nan) if masked else value
 
     def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        for sides in self.summed(call):
+            yield from summed_reads(known, sides)
+
+    def summed(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
         q, k, _ = self.operands(call)
-        yield from summed_reads(known, [(q, -1), (k, -1)])
+        return [[(q, -1), (k, -1)]]
 
 
 def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
@@ -268,17 +274,22 @@ class Einsum(Rule):
         return torch.where(zero, 0.0, torch.nan).double() if bool(zero.any()) else None
 
     def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        for sides in self.summed(call):
+            yield from summed_reads(known, sides)
+
+    def summed(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
         parts = self.parts(call)
         if parts is None:
-            return
+            return []
         letters, out, operands = parts
-        for name in sorted({n for names in letters for n in names} - set(out)):
-            sides = [
+        return [
+            [
                 (node, names.index(name) - len(names))
                 for names, node in zip(letters, operands, strict=True)
                 if name in names
             ]
-            yield from summed_reads(known, sides)
+            for name in sorted({n for names in letters for n in names} - set(out))
+        ]
 
 
 @rule("embedding", "embedding_bag")

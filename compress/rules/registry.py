@@ -154,6 +154,10 @@ class Rule:
         """For calls that make new units (channels, features) with weights: where they lie."""
         return []
 
+    def summed(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
+        """For products of activations: each axis that is summed over, as it lies in each input."""
+        return []
+
     def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Any:
         """Axes of the output (a tuple of them for several outputs)."""
         raise NotImplementedError

@@ -36,7 +36,8 @@ class ModelSpeedup:
         dummy_input: what the model takes: a tensor, a tuple of arguments or a dict of keyword
             arguments, on the model's device. Any batch size; only shapes matter.
         masks_or_file: ``Masks``, a nested dict ``{module: {parameter: 0/1 tensor}}``, or the path
-            of a file that ``Masks.save`` wrote. Masks already on the model count as well.
+            of a file that ``Masks.save`` wrote. Masks already on the model count, too, as do those
+            of ``torch.nn.utils.prune``; without any others they may be left out.
         map_location: the device to load a mask file to, as in ``torch.load``.
         optimizer: one that trains the model: its state (momentum, Adam's averages) shrinks along,
             so that training goes on. Biases that are new are not among its parameters.
@@ -67,7 +68,7 @@ class ModelSpeedup:
         self,
         model: nn.Module,
         dummy_input: Any,
-        masks_or_file: MaskSource,
+        masks_or_file: MaskSource | None = None,
         map_location: Any = None,
         *,
         optimizer: torch.optim.Optimizer | None = None,
@@ -90,7 +91,7 @@ class ModelSpeedup:
         if not exact and constants == "exact":
             constants = "drop"
         self.options = Options(constants, Limits(round_to, min_channels), bool(exact))
-        self._given = Masks.coerce(masks_or_file, map_location)
+        self._given = Masks.coerce({} if masks_or_file is None else masks_or_file, map_location)
         self._given.validate(model)
         self._plan: Plan | None = None
         self._report: Report | None = None
