@@ -17,10 +17,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from compress import allocate, criteria
+from compress import criteria
 from compress.evaluator import Evaluator
 from compress.graph.trace import function_name
-from compress.masks import Masks
 from compress.pruners.base import Layer, foreign_layers
 from compress.pruners.data import MeasuringPruner
 from compress.pruners.oneshot import ChannelPruner, WeightPruner, filter_axis
@@ -206,33 +205,29 @@ class WandaPruner(MeasuringPruner, WeightPruner):
 
     ‖x‖₂ is the norm of the weight's input feature over all tokens of all batches: Sun et al. 2024,
     A Simple and Effective Pruning Approach for Large Language Models, eq. 1. Every output loses the
-    same number of weights. Tied layers are scored once, with the inputs of all. Supports Linear and
-    transformers' Conv1D; no loss is needed with an `Evaluator`.
+    same number of weights, or with ``balance="2:4"`` every group of four inputs. Tied layers are
+    scored once, with the inputs of all. Supports Linear and transformers' Conv1D; no loss is needed
+    with an `Evaluator`.
     """
 
     supported_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    modes: ClassVar[tuple[str, ...]] = ("normal",)
+    modes: ClassVar[tuple[str, ...]] = ("balanced",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        *args: Any,
+        mode: str = "balanced",
+        **options: Any,
+    ) -> None:
+        super().__init__(model, config_list, *args, mode=mode, **options)
 
     def score(self, layer: Layer) -> Tensor:
         """``(numel,)``, one for each weight."""
         norms = torch.as_tensor(self._sums[layer.name].squares).sqrt()
         matrix = _by_output(layer.weight, layer.module)
         return _by_output(criteria.wanda(matrix, norms), layer.module).flatten()
-
-    def _allocate(
-        self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], Masks]:
-        matrices, pruned = {}, {}
-        for target in self.targets:
-            layer = layers[target.name]
-            matrix = _by_output(scores[target.name].reshape(layer.weight.shape), layer.module)
-            assert target.sparsity is not None, "this mode has no total_sparsity"
-            matrices[target.name] = matrix
-            pruned[target.name] = allocate.prune_count(matrix.shape[1], target.sparsity)
-        keep = allocate.balanced(matrices, pruned)
-        return {
-            n: _by_output(rows, layers[n].module).flatten() for n, rows in keep.items()
-        }, Masks()
 
     def _measure(self) -> None:
         sums: dict[str, ChannelSums] = {}
