@@ -200,6 +200,11 @@ class NormOverFeatures(Rule):
         return [node for node in given if node is not None]
 
     def sized(self, call: Call) -> bool:
+        """Torch's own modules, and those that become ours, have their sizes set."""
+        return call.model is None or not (self.can_shrink(call) and self.is_plain(call))
+
+    def is_plain(self, call: Call) -> bool:
+        """Whether the module's code is torch's, or will be ours."""
         return True
 
     def can_shrink(self, call: Call) -> bool:
@@ -306,6 +311,9 @@ class RMSNorm(NormOverFeatures):
         weight = call.arg(2, "weight")
         alone = isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1
         return alone and self._epsilon(call) is not None
+
+    def is_plain(self, call: Call) -> bool:
+        return type(call.owner) is nn.RMSNorm
 
     def _epsilon(self, call: Call) -> str | None:
         """The module's attribute that holds the epsilon."""

@@ -97,13 +97,13 @@ class Verifier:
         made again for it; returns how to undo it now, and the relative error in float64.
         """
         undo()
-        exact = in_float64(self.model, self.dummy_input, self.masks, compute)
-        undo = apply_plan(self.model, plan, self.masks)
+        exact, error = in_float64(self.model, self.dummy_input, self.masks, compute), None
         if exact is not None:
             settled = partial(error_of, expected=exact, tolerance=IN_FLOAT64)
-            error = in_float64(self.model, self.dummy_input, {}, settled)
-            if error is not None and error <= IN_FLOAT64:
-                return undo, error
+            error = in_float64(self.model, self.dummy_input, self.masks, settled, plan)
+        undo = apply_plan(self.model, plan, self.masks)
+        if error is not None and error <= IN_FLOAT64:
+            return undo, error
         undo()
         raise VerificationError(
             f"the small model {problem}. The model is as it was. Does it draw random numbers in "
@@ -117,11 +117,15 @@ def in_float64(
     dummy_input: Any,
     masks: Mapping[str, torch.Tensor],
     run: Callable[[nn.Module, Any], T],
+    plan: Plan | None = None,
 ) -> T | None:
-    """What ``run`` gives for a float64 copy under masks; None where it does not run in float64."""
+    """What ``run`` gives for a float64 copy under masks; None where it does not run in float64.
+
+    With ``plan`` the copy is cut: what the plan adds to parameters is not rounded to their dtype.
+    """
     try:
         copy = deepcopy(model).double()
-        apply_plan(copy, Plan(), masks)
+        apply_plan(copy, plan or Plan(), masks)
         return run(copy, tree_map_only(torch.Tensor, _double, dummy_input))
     except Exception:
         return None
