@@ -11,7 +11,7 @@ from test_speedup import filters, made, pictures
 from torch import Tensor, nn
 
 from compress import ModelSpeedup
-from compress.graph.jumps import Jumps, Settled
+from compress.graph.jumps import Jumps, Settled, relative_error
 from compress.speedup.verify import compute, error_of
 
 NEAR = torch.tensor([0.5, 0.5 + 6e-8, 0.25])  # the largest is a matter of the last bit
@@ -219,3 +219,9 @@ def test_what_rounding_alone_decides_is_no_difference() -> None:
     assert model.body.out_features == 42
     assert speedup.report.relative_error < 1e-5
     assert len(model(x)) != len(reference(x))  # else this is no test
+
+
+def test_noise_in_place_of_zeros_is_no_difference():
+    noise = torch.tensor([2e-12, -1e-12], dtype=torch.float64)
+    assert relative_error(noise, -noise) == 0.0
+    assert relative_error(noise * 1e3, -noise * 1e3) == 2.0
