@@ -160,3 +160,34 @@ def test_weights_on_the_right_of_a_product_are_layers_too():
     # sigmoid(0) is 0.5, and no bias can take it: one channel stays to carry the others.
     assert small.first.shape == (24, 11)
     assert small.second.shape == (11, 5)
+
+
+class Strided(nn.Module):
+    """Attention with four heads and a stride of four: two numbers that look alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.stride, self.width = 4, 4, 4
+        self.qkv, self.out = nn.Linear(24, 96), nn.Linear(32, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b = len(x)
+        x = x.view(b, self.stride, -1, 24).amax(1)
+        q, k, v = self.qkv(x).view(b, -1, 3, self.heads, 8).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.out(y.reshape(b, x.shape[1] * self.stride // self.width, -1))
+
+
+def test_of_attributes_with_one_value_those_are_set_that_count_heads():
+    model = Strided().double()
+    gone = torch.zeros(3, 4, 8, dtype=torch.bool)
+    gone[:, 1:3] = True
+    masks = {"qkv": rows(model.qkv, gone)}
+    masked = deepcopy(model)
+    for name, mask in masks["qkv"].items():
+        getattr(masked.qkv, name).data.mul_(mask)
+    x = torch.rand(2, 20, 24, dtype=torch.float64)
+    ModelSpeedup(model, x, masks).speedup_model()
+    assert (model.heads, model.stride, model.width) == (2, 4, 4)
+    assert model.qkv.out_features == 48
+    torch.testing.assert_close(model(x), masked(x), rtol=1e-10, atol=1e-10)

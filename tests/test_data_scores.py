@@ -186,7 +186,7 @@ def test_slim_gathers_gammas_near_zero_and_masks_those() -> None:
     assert int((~stays).sum()) == 4  # of 22
     assert sparse[~stays].max() <= sparse[stays].min()
     # Some are nearly nothing, and those are masked; training without the penalty leaves all large.
-    assert sparse[~stays].max() < 0.05 * sparse.max()
+    assert sparse[~stays].max() < 0.1 * sparse.max()
     assert gammas(plain).min() > 0.2 * gammas(plain).max()
     assert sparse.median() < 0.3 * gammas(plain).median()
 

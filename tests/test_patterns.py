@@ -262,6 +262,9 @@ def test_heads_by_hand_without_a_run() -> None:
     assert model.q.out_features == 24  # without its values, nothing reads the head
 
 
+OLD = torch.__version__.startswith("2.4")
+
+
 class SharedKeys(nn.Module):
     """Four heads of queries, two of keys and values: as a flag of the kernel, or repeated."""
 
@@ -281,7 +284,13 @@ class SharedKeys(nn.Module):
         return x + self.out(y.transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        pytest.param(True, marks=pytest.mark.skipif(OLD, reason="enable_gqa is of torch 2.5")),
+        False,
+    ],
+)
 def test_heads_that_share_keys_go_with_them(flag: bool) -> None:
     torch.manual_seed(0)
     model, x = SharedKeys(flag).double(), torch.rand(2, 5, 16, dtype=torch.float64)

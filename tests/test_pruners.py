@@ -128,7 +128,8 @@ class TinyLanguageModel(nn.Module):
         y, shape = self.norms[0](x), (*tokens.shape, -1, 8)
         q, k, v = (layer(y).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
         q, k = (torch.cat([t[..., 4:], -t[..., :4]], -1) for t in (q, k))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))  # two heads of queries share one
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         y = self.norms[1](x)
         x = x + self.down(F.silu(self.gate(y)) * self.up(y))

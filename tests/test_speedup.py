@@ -484,7 +484,6 @@ def test_channels_last_stays() -> None:
 
 
 # torch 2.4 warns of its own way to load a pickled tensor.
-@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")
 def test_small_model_can_be_copied_and_pickled() -> None:
     model = chain()
     ModelSpeedup(model, pictures(), half_masks(model)).speedup_model()

@@ -34,6 +34,9 @@ class Follower:
         self._hopeless: set[fx.Node] = set()
         self._coupled: set[tuple[tuple[str, str], fx.Node, fx.Node]] = set()
         self._guessed: bool | None = None
+        # Attributes that had the value of another, and were not meant; and those that were.
+        self._barred: set[tuple[str, str]] = set()
+        self._needed: set[tuple[str, str]] = set()
 
     def guess(self, decision: Decision) -> None:
         """Set at once what calls will want, going by the sizes that they were given.
@@ -72,19 +75,8 @@ class Follower:
     def answer(self, decision: Decision, mismatch: Mismatch) -> None:
         """Change what is set, or what may go, so that the next try gets further."""
         node, reason = mismatch.node, f"{_REASON} ({mismatch.got})"
-        if node not in self._hopeless:
-            wanted = matching_attributes(self.graph, decision, node)
-            news = self._set(wanted, node)
-            if not news and self._guessed:
-                self._guessed = False
-                self._tried.clear()
-                return
-            if news or self._couple(wanted, node):
-                for other in self._same_line(node):  # the other blocks will want the same
-                    self._set(matching_attributes(self.graph, decision, other), other)
-                return
-            self._hopeless.add(node)
-            self._tried = {key: t for key, t in self._tried.items() if t[1] is not node}
+        if self._set_more(decision, mismatch):
+            return
         if not mismatch.numbers and self._equalise_size_reads(node):
             return
         if _pin_sizes(decision, node, reason):
@@ -96,6 +88,52 @@ class Follower:
             return
         if not _pin_size_reads(decision, module, reason):
             self._pin_call(node, reason)
+
+    def _set_more(self, decision: Decision, mismatch: Mismatch) -> bool:
+        """Set other attributes than before, or let what one of them counts keep equally many."""
+        node = mismatch.node
+        if self._bar_suspect(decision, mismatch):
+            return True
+        if node in self._hopeless:
+            return False
+        wanted = matching_attributes(self.graph, decision, node)
+        news = self._set(wanted, node)
+        if not news and self._guessed:
+            self._guessed = False
+            self._tried.clear()
+            return True
+        if news or self._couple(wanted, node):
+            for other in self._same_line(node):  # the other blocks will want the same
+                self._set(matching_attributes(self.graph, decision, other), other)
+            return True
+        self._hopeless.add(node)
+        self._tried = {key: t for key, t in self._tried.items() if t[1] is not node}
+        return False
+
+    def _bar_suspect(self, decision: Decision, mismatch: Mismatch) -> bool:
+        """Take back an attribute that was set because it had the value of another one.
+
+        Four heads and a stride of four: where both become two, a size that ought to stay changes.
+        """
+        expected, got = _flat(expected_shape(decision, mismatch.node)), _flat(mismatch.shape)
+        if len(expected) != len(got):
+            return False
+        changes = set(zip(expected, got, strict=True))
+        for key, (attribute, _) in reversed(self._tried.items()):
+            change = (attribute.old, attribute.new)
+            if key in self._needed or type(attribute.old) is not int or change not in changes:
+                continue
+            of_module = [a for k, (a, _) in self._tried.items() if k[0] == key[0]]
+            if sum(a.old == attribute.old for a in of_module) > 1:
+                kind = type(self.graph.model.get_submodule(key[0]))
+                barred = {k for k in self._tried if k[1] == key[1] and self._is(k[0], kind)}
+                self._barred |= barred - self._needed
+                self._tried = {k: t for k, t in self._tried.items() if k not in self._barred}
+                return True
+        return False
+
+    def _is(self, path: str, kind: type[nn.Module]) -> bool:
+        return type(self.graph.model.get_submodule(path)) is kind
 
     def _pin_call(self, node: fx.Node, reason: str) -> None:
         """The last resorts: keep all that a call works on, or its module, or everything."""
@@ -121,9 +159,18 @@ class Follower:
         for attribute in wanted:
             key = (attribute.module, attribute.name)
             old = self._tried.get(key)
+            if key in self._barred:
+                continue
             if old is None or (old[1] is node and old[0] != attribute):
                 self._tried[key] = attribute, node
                 news = True
+        if not news:  # one of those that were taken back was meant after all
+            meant = {(a.module, a.name): (a, node) for a in wanted}
+            meant = {key: both for key, both in meant.items() if key in self._barred}
+            self._barred -= meant.keys()
+            self._needed |= meant.keys()
+            self._tried |= meant
+            news = bool(meant)
         return news
 
     def _couple(self, wanted: list[Attribute], node: fx.Node) -> bool:

@@ -25,13 +25,15 @@ from compress.speedup.plan import Plan
 class Mismatch:
     """The first call (the ``index``-th) at which the re-run leaves the plan, and how.
 
-    ``numbers``: the numbers among its arguments that are others now, by what they were.
+    ``numbers``: the numbers among its arguments that are others now, by what they were. ``shape``:
+    that of what it gave; None where it gave nothing.
     """
 
     node: fx.Node
     index: int
     got: str
     numbers: dict[float, float] = field(default_factory=dict)
+    shape: Any = None
 
 
 def expected_shape(decision: Decision, node: fx.Node) -> Any:
@@ -77,7 +79,8 @@ def replay(model: nn.Module, dummy_input: Any, decision: Decision, plan: Plan) -
     for index, (before, after) in enumerate(zip(calls, again, strict=False)):
         got = _difference(decision, numbers, before, after)
         if got:
-            return Mismatch(before, index, got, _changed_numbers(before, after, numbers))
+            changed = _changed_numbers(before, after, numbers)
+            return Mismatch(before, index, got, changed, after.meta["shape"])
     if (error and not graph.trace.partial) or len(again) != len(calls):
         index = min(len(again), len(calls) - 1)
         return Mismatch(calls[index], index, error or "it takes another path")
