@@ -50,7 +50,9 @@ class Reshape(Rule):
         return {i: s for i, s in enumerate(sizes) if isinstance(s, int) and s != -1}
 
     def sized(self, call: Call) -> bool:
-        return call.name not in ("flatten", "ravel", "unsqueeze", "view_as", "reshape_as")
+        if call.name in ("view", "reshape"):  # 1 cannot shrink, and -1 is counted anew
+            return any(size not in (1, -1) for size in call.rest(1, "shape"))
+        return call.name in ("unflatten", "squeeze")
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         if not isinstance(call.node.meta["dtype"], torch.dtype) or _changes_dtype(call):
