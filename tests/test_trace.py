@@ -137,6 +137,14 @@ def test_getitem_and_setitem() -> None:
 # -- names ---------------------------------------------------------------------------------
 
 
+def written(x: Tensor) -> Tensor:
+    condition = x > 0
+    condition &= x < 5
+    condition |= x > 6
+    condition ^= x > 7
+    return condition * x
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -145,7 +153,7 @@ def test_getitem_and_setitem() -> None:
         lambda x: x % 2, lambda x: (x > 0) * x, lambda x: (True & (x > 0)) * x,
         lambda x: (False | (x >= 0)) * x, lambda x: (True ^ (x != 0)) * x, lambda x: ~(x > 0) * x,
         lambda x: ((x > 0) | (x < 1)) * x, lambda x: ((x > 0) & (x < 1)) * x,
-        lambda x: ((x > 0) ^ (x < 1)) * x, F.logsigmoid,
+        lambda x: ((x > 0) ^ (x < 1)) * x, F.logsigmoid, lambda x: 2 % (x.abs() + 1), written,
     ],
 )  # fmt: skip
 def test_operators_are_recorded_under_names_that_have_a_rule(

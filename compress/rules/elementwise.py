@@ -34,7 +34,7 @@ conj conj_physical""".split()
 BINARY = """add sub rsub subtract mul multiply div divide true_divide rdiv floor_divide rfloordiv
 floordiv remainder fmod rpow maximum minimum fmax fmin atan2 where addcmul addcdiv lerp masked_fill
 eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor and or
-xor heaviside copysign hypot logaddexp""".split()
+xor iand ior ixor rmod heaviside copysign hypot logaddexp""".split()
 IDENTITY = """clone detach to float double half bfloat16 bool int long type_as cuda cpu data
 requires_grad dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout
 feature_alpha_dropout resolve_conj resolve_neg""".split()
@@ -45,6 +45,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "rdiv": lambda a, b: b / a,
     "rfloordiv": lambda a, b: b // a,
     "rpow": lambda a, b: b**a,
+    "rmod": lambda a, b: b % a,
     "and": operator.and_,
     "or": operator.or_,
     "log_sigmoid": F.logsigmoid,
