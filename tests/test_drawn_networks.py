@@ -105,4 +105,7 @@ def check_exact_applied(model: nn.Module, x: Tensor, masks: MaskDict, expected: 
     assert [(n, p.shape) for n, p in model.named_parameters()] == [
         (n, p.shape) for n, p in expected.named_parameters()
     ]
-    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    # Up to the last bit: torch 2.4 rounds the statistics of an InstanceNorm when it reads them.
+    torch.testing.assert_close(
+        model.state_dict(), expected.state_dict(), rtol=1e-14, atol=1e-14, equal_nan=True
+    )

@@ -437,3 +437,33 @@ def test_quantised_modules_are_refused():
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     with pytest.raises(SpeedupError, match=r"0: is quantised .* before it is quantised"):
         ModelSpeedup(quantised, torch.randn(2, 4), {})
+
+
+class Single(nn.Module):
+    """One unit of two, by itself: functions take an axis of size 1 for a broadcast."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, _ = self.b(self.a(x)).split(1, -1)
+        return self.c(self.function(one))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.clamp(-1, 1).expand(-1, 5), lambda x: x * torch.ones(5, dtype=x.dtype),
+        lambda x: x.expand(-1, 5), lambda x: torch.cat([x, x.expand(-1, 4)], -1),
+        lambda x: x @ torch.ones(1, 5, dtype=x.dtype),
+        lambda x: x.squeeze(-1)[:, None].repeat(1, 5),
+    ],
+)  # fmt: skip
+def test_a_part_of_one_unit_is_read(function: Callable[[Tensor], Tensor]) -> None:
+    model = Single(function).double()
+    keep = torch.tensor([True, False, True, False])
+    masks = {"a": {"weight": keep[:, None].expand(4, 3), "bias": keep}}
+    check_exact(model, torch.randn(2, 3, dtype=torch.float64), masks)
+    assert model.a.out_features == 2

@@ -114,7 +114,19 @@ class ChannelGraph:
             rule, what = OPAQUE, f"confuses the rule for {call.name} ({type(error).__name__})"
             axes = OPAQUE.labels(call, self.axes.__getitem__, self.space, what)
         self.steps.append(Step(call, rule))
-        return axes
+        single = any(a is not None and len(a) == 1 for part in each_output(axes) for a in part)
+        return self._without_single(axes, node) if single else axes
+
+    def _without_single(self, axes: Any, node: fx.Node) -> Any:
+        """Axes without labels on those of size 1, which other calls take for broadcasts."""
+        if any(isinstance(part, tuple) for part in axes):
+            return tuple(
+                None if part is None else self._without_single(part, node) for part in axes
+            )
+        for axis in axes:
+            if axis is not None and len(axis) == 1:
+                self.space.pin(axis, node, "is the only one of its axis")
+        return tuple(None if axis is None or len(axis) == 1 else axis for axis in axes)
 
     # -- pins that experience adds ---------------------------------------------------------
 
