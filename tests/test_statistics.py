@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import outputs, randomise
+from oracle import check_exact, outputs, randomise
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,6 +43,14 @@ class OffsetNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * (1.0 + self.weight)
+
+
+class ReciprocalNorm(MeanSquareNorm):
+    """RMSNorm that multiplies with one over the root."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        root = (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+        return x * (1 / root) * self.weight
 
 
 class PlacesNorm(nn.LayerNorm):
@@ -95,6 +104,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "rms_norm_default_eps": nn.RMSNorm,
     "mean_square": MeanSquareNorm,
     "offset_weight": OffsetNorm,
+    "one_over_the_root": ReciprocalNorm,
     "length": LengthNorm,
 }
 
@@ -255,3 +265,44 @@ def test_training_goes_on_while_the_last_loss_is_alive():
     model(x).square().sum().backward()
     assert model.embed.weight.grad.shape == (WIDTH // 2, 7)
     assert loss.isfinite()
+
+
+class EpsilonElsewhere(MeanSquareNorm):
+    """Its epsilon is added to something else, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (x.sum(-1, keepdim=True) + self.variance_epsilon)
+
+
+def test_an_epsilon_that_counts_elsewhere_stays():
+    torch.manual_seed(0)
+    model = Residual(EpsilonElsewhere).double().eval()
+    randomise(model)
+    x = torch.rand(2, 5, 7, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        prune(model, x)
+    assert model.norms[0].variance_epsilon == 1e-2
+
+
+class RootsToo(nn.Module):
+    """Gives the roots of its mean squares as a second output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.weight, self.eps = nn.Parameter(torch.rand(8)), 1e-2
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.first(x)
+        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.last(x * root * self.weight), root
+
+
+def test_a_root_that_is_an_output_is_the_one_of_before():
+    model = RootsToo().double()
+    randomise(model)
+    keep = torch.tensor([1, 0, 1, 1, 0, 1, 0, 1], dtype=torch.bool)
+    masks = {"first": {"weight": keep[:, None].expand(8, 4), "bias": keep}}
+    check_exact(model, torch.randn(3, 4, dtype=torch.float64), masks)
+    assert model.first.out_features == 8

@@ -284,7 +284,9 @@ class Recorder(TorchFunctionMode):
         return value
 
     def finish(self, output: Any) -> None:
-        self.outputs += [self.node(tensor) for tensor in tensors_in(output)]
+        for node in (self.node(tensor) for tensor in tensors_in(output)):
+            node.meta["output"] = True
+            self.outputs.append(node)
 
     def finish_early(self) -> None:
         """The run broke off: what nothing has used yet counts as an output."""
@@ -292,7 +294,13 @@ class Recorder(TorchFunctionMode):
         used = set(self.outputs)
         for node in self.graph.nodes:
             if node.op == "call_function" and not node.users and node not in used:
+                node.meta["output"] = True
                 self.outputs.append(node)
+
+
+def is_output(node: fx.Node) -> bool:
+    """Whether the model returns what a node stands for."""
+    return bool(node.meta.get("output", False))
 
 
 def location(node: fx.Node) -> str:

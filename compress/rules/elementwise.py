@@ -50,8 +50,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "or": operator.or_,
     "log_sigmoid": F.logsigmoid,
 }
-_PRODUCTS = frozenset("mul multiply".split())
-_QUOTIENTS = frozenset("div divide true_divide".split())
+PRODUCTS = frozenset("mul multiply".split())
+QUOTIENTS = frozenset("div divide true_divide".split())
 
 
 def tied_axes(
@@ -146,7 +146,7 @@ class Elementwise(Rule):
 
     def value(self, call: Call, known: Knowledge) -> Value:
         result = run_on_values(call, known)
-        if call.name in _PRODUCTS | _QUOTIENTS:
+        if call.name in PRODUCTS | QUOTIENTS:
             return _zero_times_unknown(call, known, result)
         return result
 
@@ -157,7 +157,7 @@ def _zero_times_unknown(call: Call, known: Knowledge, result: Value) -> Value:
     A quotient is 0 only if its divisor is certainly not 0: a number, or something known.
     """
     factors = call.node.args[:2]
-    if call.name in _QUOTIENTS:
+    if call.name in QUOTIENTS:
         divisor = call.node.args[1] if len(factors) > 1 else 0
         value = known.value(divisor) if isinstance(divisor, fx.Node) else torch.tensor(divisor)
         certain = value is not None and bool(((value != 0) & ~value.isnan()).all())
@@ -194,9 +194,9 @@ def _bound(operand: Any, depth: int = 8) -> int:
         low = operand.kwargs.get("min", args[1])
         return max(_bound(args[0], depth - 1), _bound(low, depth - 1))
     bounds = [_bound(a, depth - 1) for a in args[:2]]
-    if name in ("add", "iadd", "radd"):
+    if name == "add":
         return max(bounds) if min(bounds) > _ANY else _ANY
-    if name in _PRODUCTS:
+    if name in PRODUCTS:
         return _NOT_NEGATIVE if args[0] is args[1] else min(*bounds, _NOT_NEGATIVE)
     return _ANY
 

@@ -17,9 +17,10 @@ import torch
 from torch import fx, nn
 
 from compress.graph.labels import Axes, LabelSpace
+from compress.graph.trace import is_output
 from compress.modules import CountedLayerNorm
 from compress.rules.attention import zero_positions
-from compress.rules.elementwise import IDENTITY
+from compress.rules.elementwise import IDENTITY, PRODUCTS, QUOTIENTS
 from compress.rules.reduction import Reduction
 from compress.rules.registry import Call, Read, Rule, Value, rule
 
@@ -56,25 +57,24 @@ class Rescaling:
 
 _MOVED = frozenset("view reshape unsqueeze squeeze expand getitem permute transpose".split())
 _POWERS = {"rsqrt": -0.5, "sqrt": 0.5, "square": 2.0, "reciprocal": -1.0}
-_SUMS, _PRODUCTS = ("add", "iadd", "radd"), ("mul", "multiply", "imul", "rmul")
-_QUOTIENTS = ("div", "divide", "true_divide", "truediv", "itruediv", "rtruediv")
 
 
 def find_rescaling(call: Call) -> Rescaling | None:
     """Follow a mean to the weight that can take up a factor on it; None where there is none.
 
-    Each step must have the one before as its only reader, and be a power, a product with something
-    that does not depend on the mean, or a sum with a number that is an attribute of its module.
+    Nothing on the way is an output of the model. Each step is the only reader of the one before,
+    and a power, a product with something that does not depend on the mean, or a sum with a number
+    that is an attribute of its module.
     """
     node, power = call.node, 1.0
     added: list[tuple[str, Call, float, float]] = []
-    while len(node.users) == 1:
+    while len(node.users) == 1 and not is_output(node):
         (user,) = node.users
         step = Call(user, call.model)
-        weight = _weight_beside(step, node) if step.name in _PRODUCTS else None
+        weight = _weight_beside(step, node) if step.name in PRODUCTS else None
         if weight is not None:
             return Rescaling(tuple(added), *weight, -power)
-        if step.name in _SUMS:
+        if step.name == "add":
             number = _number_beside(step, node)
             name = None if number is None else _attribute_with(step, number)
             if number is None or name is None:
@@ -100,11 +100,11 @@ def _power_after(step: Call, node: fx.Node, power: float) -> float | None:
     if step.name == "pow":
         exponent = step.arg(1, "exponent")
         return power * exponent if isinstance(exponent, (int, float)) else None
-    if step.name in _PRODUCTS + _QUOTIENTS:
+    if step.name in PRODUCTS | QUOTIENTS | {"rdiv"}:
         if step.node.kwargs or sum(a is node for a in step.node.args[:2]) != 1:
             return None
-        divided = (step.node.args[0] is node) != (step.name == "rtruediv")
-        return power if step.name in _PRODUCTS or divided else -power
+        divided = (step.node.args[0] is node) != (step.name == "rdiv")
+        return power if step.name in PRODUCTS or divided else -power
     return power if step.name in IDENTITY else None
 
 
@@ -131,7 +131,7 @@ def _weight_beside(step: Call, node: fx.Node) -> tuple[fx.Node, float] | None:
     other, shift = others[0], 0.0
     while other.op == "call_function" and len(other.users) == 1:
         made = Call(other, step.model)
-        if made.name in _SUMS and shift == 0.0:
+        if made.name == "add" and shift == 0.0:
             number = _number_beside(made, made.inputs[0]) if len(made.inputs) == 1 else None
             if number is None:
                 return None

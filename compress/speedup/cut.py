@@ -100,7 +100,7 @@ class Cutter:
                 )
                 mismatch = None
                 if replays:
-                    mismatch = replay(self.model, self.dummy_input, decision, builder.plan)
+                    mismatch = replay(self.model, self.dummy_input, decision, builder.numbers)
             except BaseException:
                 undo()
                 raise

@@ -174,6 +174,7 @@ class PlanBuilder:
         self.graph: ChannelGraph = decision.graph
         self.plan = Plan()
         self.unset: list[fx.Node] = []
+        self.numbers: dict[fx.Node, dict[float, float]] = {}  # by call: old and new
         self.counts = False  # whether the code must be seen to count a number anew
         self._attributes: dict[tuple[str, str], Attribute] = {}
         self._shared: dict[bytes, np.ndarray] = {}
@@ -271,6 +272,8 @@ class PlanBuilder:
         if counted and getattr(call.owner, name, None) != old:
             self.counts = True
             return
+        if isinstance(old, float):
+            self.numbers.setdefault(call.node, {})[old] = new
         attribute = Attribute(call.module, name, old, new)
         other = self._attributes.setdefault((call.module, name), attribute)
         if getattr(call.owner, name, None) != old or other != attribute:

@@ -6,7 +6,7 @@ literals in the source (the channels they count must stay). The re-run tells whi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ from compress.graph.run import run_recorded
 from compress.graph.trace import Recorder
 from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
-from compress.speedup.plan import Plan
+
+Numbers = Mapping[fx.Node, Mapping[float, float]]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ def needs_replay(decision: Decision) -> bool:
     return any(changes(node) or any(map(changes, node.all_input_nodes)) for node in sized)
 
 
-def replay(model: nn.Module, dummy_input: Any, decision: Decision, plan: Plan) -> Mismatch | None:
-    """Record the shrunk model and hold it against the plan, call by call."""
+def replay(
+    model: nn.Module, dummy_input: Any, decision: Decision, numbers: Numbers
+) -> Mismatch | None:
+    """Record the shrunk model and hold it against the plan, call by call.
+
+    ``numbers``: those that the plan changes, by the call that computes with them.
+    """
     graph = decision.graph
     exact = decision.knowledge.constants == "exact"
     jumps = Settled(graph.trace.jumps, None if exact else float("inf"))
@@ -74,7 +80,6 @@ def replay(model: nn.Module, dummy_input: Any, decision: Decision, plan: Plan) -
         run_recorded(model, dummy_input, graph.trace.on_meta, graph.trace.training, recorder)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}".splitlines()[0]
-    numbers = {(a.module, a.old): a.new for a in plan.attributes if type(a.old) is float}
     calls, again = _calls(graph.trace.nodes), _calls(recorder.graph.nodes)
     for index, (before, after) in enumerate(zip(calls, again, strict=False)):
         got = _difference(decision, numbers, before, after)
@@ -92,9 +97,7 @@ def _calls(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [node for node in calls if not rule_for(node.meta["name"]).vanishes]
 
 
-def _difference(
-    decision: Decision, numbers: dict[tuple[str, float], float], before: fx.Node, after: fx.Node
-) -> str:
+def _difference(decision: Decision, numbers: Numbers, before: fx.Node, after: fx.Node) -> str:
     if before.meta["name"] != after.meta["name"]:
         return f"it calls {after.meta['name']} instead of {before.meta['name']}"
     expected, got = expected_shape(decision, before), after.meta["shape"]
@@ -108,13 +111,11 @@ def _difference(
     return ""
 
 
-def _changed_numbers(
-    before: fx.Node, after: fx.Node, planned: dict[tuple[str, float], float]
-) -> dict[float, float]:
+def _changed_numbers(before: fx.Node, after: fx.Node, planned: Numbers) -> dict[float, float]:
     """The numbers of a call that are others now, though the plan does not set them."""
-    module = before.meta["module"]
+    allowed = planned.get(before, {})
     pairs = zip(_numbers(before), _numbers(after), strict=False)
-    return {old: new for old, new in pairs if planned.get((module, old), old) != new}
+    return {old: new for old, new in pairs if allowed.get(old, old) != new}
 
 
 def _numbers(node: fx.Node) -> list[float]:
