@@ -30,14 +30,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from compress.config_entry import SELECTORS, Entry, parse, short
 from compress.errors import ConfigError, closest
 from compress.masks import raw_parameter
 
@@ -119,17 +118,17 @@ def resolve(
     """
     if not isinstance(config_list, (list, tuple)) or not config_list:
         raise ConfigError(
-            f"config_list: got {_short(config_list)}; expected a list of dicts with at least one, "
+            f"config_list: got {short(config_list)}; expected a list of dicts with at least one, "
             'such as [{"sparsity": 0.5, "op_types": ["default"]}]'
         )
     every = supported_types + optional_types
     ability = f"{pruner} masks {granularity} of {_types(every)}"
     book = _Book(model, every, optional_types, unit_axis, ability)
     problems: list[str] = []
-    chosen: dict[str, tuple[int, _Entry]] = {}
+    chosen: dict[str, tuple[int, Entry]] = {}
     for index, raw in enumerate(config_list):
         where = f"config_list[{index}]"
-        entry = _parse(where, raw, problems)
+        entry = parse(where, raw, problems)
         if entry is not None:
             chosen |= dict.fromkeys(book.select(where, entry, problems), (index, entry))
     targets = Targets(())
@@ -138,131 +137,6 @@ def resolve(
     if problems:
         raise ConfigError("\n  ".join(["this config_list cannot be carried out:", *problems]))
     return targets
-
-
-# ---------------------------------------------------------------------------------------------
-# One entry by itself
-
-
-def _as_list(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _as_patterns(value: object) -> object:
-    return [value] if isinstance(value, str) else _as_list(value)
-
-
-def _as_float(value: object) -> object:
-    # numpy's numbers are welcome; a bool is a mistake, though Python calls it a number.
-    if isinstance(value, bool):
-        return value
-    return float(value) if isinstance(value, Real) else value
-
-
-_Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_as_float)]
-_Limit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_as_float)]
-_Name = Annotated[str, Field(min_length=1)]
-
-
-class _Entry(BaseModel):
-    """One dict of a config_list, of the right types; None = not given."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    sparsity: _Fraction | None = None
-    sparsity_per_layer: _Fraction | None = None
-    total_sparsity: _Fraction | None = None
-    max_sparsity_per_layer: _Limit | dict[str, _Limit] | None = None
-    op_types: Annotated[list[_Name] | None, Field(min_length=1), BeforeValidator(_as_list)] = None
-    # "" is a name: that of the model itself.
-    op_names: Annotated[list[str] | None, Field(min_length=1), BeforeValidator(_as_list)] = None
-    op_partial_names: Annotated[
-        list[_Name] | None, Field(min_length=1), BeforeValidator(_as_list)
-    ] = None
-    op_names_re: Annotated[
-        list[_Name] | None, Field(min_length=1), BeforeValidator(_as_patterns)
-    ] = None
-    exclude: bool = False
-
-    def sparsities(self) -> dict[str, float]:
-        """The sparsities given, by key."""
-        given = {key: getattr(self, key) for key in _SPARSITIES}
-        return {key: value for key, value in given.items() if value is not None}
-
-    def limit(self, name: str) -> float:
-        """``max_sparsity_per_layer`` of one layer."""
-        limits = self.max_sparsity_per_layer
-        if isinstance(limits, dict):
-            return limits.get(name, 1.0)
-        return 1.0 if limits is None else limits
-
-
-_SPARSITIES = ("sparsity", "sparsity_per_layer", "total_sparsity")
-_SELECTORS = ("op_types", "op_names", "op_partial_names", "op_names_re")
-_EXPECTED = {
-    **dict.fromkeys(_SPARSITIES, "a number in [0, 1)"),
-    "max_sparsity_per_layer": "a number in [0, 1], or a dict {layer name: number in [0, 1]}",
-    "op_types": 'a list of class names, such as ["Conv2d"] or ["default"]',
-    "op_names": 'a list of module paths, such as ["layer1.0.conv1"]',
-    "op_partial_names": 'a list of parts of module paths, such as ["layer1."]',
-    "op_names_re": r'a list of regular expressions, such as ["^layer\\d"]',
-    "exclude": "True or False",
-}
-
-
-def _parse(where: str, raw: object, problems: list[str]) -> _Entry | None:
-    """The entry, or None with what is wrong added to ``problems``."""
-    if not isinstance(raw, Mapping):
-        problems.append(f"{where}: got {_short(raw)}; expected a dict")
-        return None
-    unknown = [key for key in raw if key not in _EXPECTED]
-    for key in unknown:
-        hint = closest(key, _EXPECTED) if isinstance(key, str) else ""
-        problems.append(
-            f"{where}: unknown key {key!r}{hint or '; expected one of ' + ', '.join(_EXPECTED)}"
-        )
-    known = {key: value for key, value in raw.items() if key in _EXPECTED}
-    try:
-        entry = _Entry.model_validate(known)
-    except ValidationError as error:
-        # A union reports each of its members; the user wants each key once.
-        wrong = dict.fromkeys(str(one["loc"][0]) for one in error.errors())
-        problems.extend(
-            f"{where}[{key!r}]: got {_short(raw[key])}; expected {_EXPECTED[key]}" for key in wrong
-        )
-        # The rest of the entry is still looked at, so that one error tells every problem.
-        unknown.extend(wrong)
-        entry = _Entry.model_validate({k: v for k, v in known.items() if k not in wrong})
-    if not unknown:  # a misspelt or wrong key would be reported again as a missing one
-        problems.extend(_contradictions(where, entry))
-    return entry if any(getattr(entry, key) is not None for key in _SELECTORS) else None
-
-
-def _contradictions(where: str, entry: _Entry) -> list[str]:
-    """What the keys of an entry say against each other."""
-    problems = []
-    given = entry.sparsities()
-    if entry.exclude and given:
-        problems.append(
-            f"{where}: exclude is True, but {', '.join(given)} is given; an excluded layer has no "
-            "sparsity: remove one of the two"
-        )
-    if not entry.exclude and len(given) != 1:
-        problems.append(
-            f"{where}: got {' and '.join(given) or 'no sparsity'}; expected exactly one of "
-            f"{', '.join(_SPARSITIES)}, or exclude: True"
-        )
-    if entry.max_sparsity_per_layer is not None and "total_sparsity" not in given:
-        problems.append(
-            f"{where}['max_sparsity_per_layer']: it limits layers under a total_sparsity, and this "
-            "entry has none"
-        )
-    if all(getattr(entry, key) is None for key in _SELECTORS):
-        problems.append(
-            f"{where}: it selects no layer; add a selector ({', '.join(_SELECTORS)}), such as "
-            '"op_types": ["default"] for every layer that the pruner supports'
-        )
-    return problems
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,12 +188,12 @@ class _Book:
         """The class name that the user knows the module by."""
         return parametrize.type_before_parametrizations(self.modules[name]).__name__
 
-    def select(self, where: str, entry: _Entry, problems: list[str]) -> list[str]:
+    def select(self, where: str, entry: Entry, problems: list[str]) -> list[str]:
         """The layers that one entry is about, in model order."""
         matches: dict[str, set[str]] = {}
         asked: set[str] = set()  # by type or by name
         before = len(problems)
-        for key in _SELECTORS:
+        for key in SELECTORS:
             values = getattr(entry, key)
             if values is None:
                 continue
@@ -382,7 +256,7 @@ class _Book:
 
     def _emptiness(
         self,
-        entry: _Entry,
+        entry: Entry,
         matches: Mapping[str, set[str]],
         selected: list[str],
         layers: list[str],
@@ -409,7 +283,7 @@ class _Book:
         has_parts = any(not isinstance(part, nn.ModuleDict) for part in module.children())
         return has_parts and not self.prunable(name) and not any(module.parameters(recurse=False))
 
-    def _wrong_limits(self, where: str, entry: _Entry, layers: list[str]) -> list[str]:
+    def _wrong_limits(self, where: str, entry: Entry, layers: list[str]) -> list[str]:
         limits = entry.max_sparsity_per_layer
         if not isinstance(limits, dict):
             return []
@@ -451,7 +325,7 @@ class _Book:
 # All entries together
 
 
-def _targets(book: _Book, chosen: Mapping[str, tuple[int, _Entry]], problems: list[str]) -> Targets:
+def _targets(book: _Book, chosen: Mapping[str, tuple[int, Entry]], problems: list[str]) -> Targets:
     """Targets of the entries that won, or problems."""
     pruned = {name: chosen[name] for name in book.modules if name in chosen}
     excluded = [name for name, (_, entry) in pruned.items() if entry.exclude]
@@ -491,7 +365,7 @@ def _targets(book: _Book, chosen: Mapping[str, tuple[int, _Entry]], problems: li
     return _grouped(tuple(layers.values()), groups, pruned)
 
 
-def _target(name: str, book: _Book, index: int, entry: _Entry, groups: Mapping[int, int]) -> Target:
+def _target(name: str, book: _Book, index: int, entry: Entry, groups: Mapping[int, int]) -> Target:
     if entry.total_sparsity is None:
         (sparsity,) = entry.sparsities().values()
         return Target(name, sparsity)
@@ -503,7 +377,7 @@ def _target(name: str, book: _Book, index: int, entry: _Entry, groups: Mapping[i
 def _grouped(
     layers: tuple[Target, ...],
     groups: Mapping[int, int],
-    pruned: Mapping[str, tuple[int, _Entry]],
+    pruned: Mapping[str, tuple[int, Entry]],
 ) -> Targets:
     entries = dict(pruned.values())
     return Targets(
@@ -521,9 +395,3 @@ def _grouped(
 
 def _types(supported: tuple[type[nn.Module], ...]) -> str:
     return ", ".join(cls.__name__ for cls in supported)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return text if isinstance(value, (bool, int, float, str)) else f"{type(value).__name__} {text}"

@@ -131,10 +131,10 @@ def _pin_picked(call: Call, taken: Picked, axes: AxesOf, space: LabelSpace) -> N
 class GetItem(Rule):
     """``x[index]``. A bound in the middle of an axis is the user's number, so the axis stays."""
 
-    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         given, taken = axes(call.first), picked(call)
         if taken is None or len(taken.axes) != len(call.shape):
-            return OPAQUE.labels(call, axes, space, "is indexed in a way without a rule")  # type: ignore[no-any-return]
+            return OPAQUE.labels(call, axes, space, "is indexed in a way without a rule")
         _pin_picked(call, taken, axes, space)
         return tuple(None if axis is None else given[axis] for axis in taken.axes)
 
@@ -163,10 +163,10 @@ class GetItem(Rule):
 class SetItem(Rule):
     """``x[index] = value``: what is written has the axes that are taken whole, as x has."""
 
-    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         taken, shape = picked(call), call.shape
         if taken is None:
-            return OPAQUE.labels(call, axes, space, "is written in a way without a rule")  # type: ignore[no-any-return]
+            return OPAQUE.labels(call, axes, space, "is written in a way without a rule")
         _pin_picked(call, taken, axes, space)
         result: list[Axis] = list(axes(call.first))
         for axis in taken.fixed:

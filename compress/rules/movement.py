@@ -304,11 +304,11 @@ class Repeat(Rule):
         new = len(call.shape) - len(before)
         return [t // s if s else 1 for s, t in zip(before, call.shape[new:], strict=True)]
 
-    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         given, each = axes(call.first), call.name == "repeat_interleave"
         regular = isinstance(call.arg(1, "repeats"), int) and call.arg(2, "dim") is not None
         if each and not regular:
-            return OPAQUE.labels(call, axes, space)  # type: ignore[no-any-return]
+            return OPAQUE.labels(call, axes, space)
         new: list[Axis] = [None] * (len(call.shape) - len(given))
         copy = np.repeat if each else np.tile
         pairs = zip(given, self.copies(call), strict=True)

@@ -240,10 +240,10 @@ class Comparison(Rule):
             return bool(call.arg(2, "p", 2.0) > 0)
         return shape_of(nodes[0]) == shape_of(nodes[1])
 
-    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         nodes, dim = self.sides(call)
         if not self.sums(call):
-            return OPAQUE.labels(call, axes, space)  # type: ignore[no-any-return]
+            return OPAQUE.labels(call, axes, space)
         summed = [axes(node)[dim] for node in nodes]
         space.tie(summed[0], summed[1], call.node, f"is summed over in {call.name}")
         if call.name == "cdist":
