@@ -28,6 +28,7 @@ from compress.graph.explain import (
 from compress.graph.labels import Axis, LabelSpace, each_output
 from compress.graph.run import Masked, record
 from compress.graph.trace import Trace
+from compress.graph.walk import modules_of
 from compress.rules.registry import OPAQUE, Call, Rule, Units, no_axes, rule_for, shape_of
 
 
@@ -69,6 +70,7 @@ class ChannelGraph:
         masked: Masked = nullcontext,
     ) -> None:
         self.model = model
+        self.modules = dict(modules_of(model))
         self.trace: Trace = record(model, dummy_input, masked)
         self.space = LabelSpace(exact=exact)
         self.axes: dict[fx.Node, Any] = {}
@@ -105,7 +107,7 @@ class ChannelGraph:
             source, key = node.args
             assert isinstance(source, fx.Node)
             return self.axes[source][key]
-        call = Call(node, self.model)
+        call = Call(node, self.modules)
         rule = rule_for(call.name)
         try:
             axes = rule.labels(call, self.axes.__getitem__, self.space)

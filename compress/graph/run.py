@@ -20,11 +20,14 @@ from torch.utils._pytree import tree_map_only
 from compress.errors import TraceError
 from compress.graph.jumps import Jumps
 from compress.graph.trace import Recorder, Trace, tensors_in
+from compress.graph.walk import leaves_of, modules_of
 from compress.modules import standing_in
 
 # What torch keeps of a module: parameters, hooks and the like.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _REGISTRIES = frozenset(["_parameters", "_buffers", "_modules"])
+_PLAIN = (str, int, float, type(None))
+_CONTAINERS = (list, dict, set, tuple)
 
 Masked = Callable[[], AbstractContextManager[Any]]
 
@@ -45,14 +48,6 @@ def as_arguments(
     return (dummy_input,), {}
 
 
-def leaves_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, str]]:
-    """Path, tensor and kind of every parameter and buffer, each once (tied ones: first path)."""
-    for path, parameter in model.named_parameters():
-        yield path, parameter, "parameter"
-    for path, buffer in model.named_buffers():
-        yield path, buffer, "buffer"
-
-
 @contextmanager
 def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
     """The model in eval mode; each module gets its own mode back.
@@ -60,7 +55,7 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
     With ``training`` the modules are in train mode, but for batch norms: they would refuse a batch
     of one and update their statistics.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for _, module in modules_of(model)]
     try:
         model.train(training)
         for module, _ in modes:
@@ -76,17 +71,12 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
     """What a run sets on the modules (caches, counters, with ``values`` buffers) is undone."""
     layouts: dict[tuple[str, ...], tuple[str, ...]] = {}  # modules of one class share their names
-    saved = []
-    for module in model.modules():
+    saved: list[tuple[nn.Module, tuple[str, ...], tuple[Any, ...]]] = []
+    contents: list[tuple[Any, Any]] = []
+    for _, module in modules_of(model):
         names = tuple(vars(module))
         saved.append((module, layouts.setdefault(names, names), tuple(vars(module).values())))
-    contents = [
-        (container, copy(container))
-        for _, names, attributes in saved
-        for name, value in zip(names, attributes, strict=True)
-        if name not in _MODULE_INTERNALS or name in _REGISTRIES
-        for container in _containers_in(value)
-    ]
+        contents += _contents(module)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if values else []
     try:
         yield
@@ -108,9 +98,19 @@ def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+def _contents(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """The containers that a forward may fill, each with a copy."""
+    for name, value in vars(module).items():
+        if name in _REGISTRIES:
+            yield value, copy(value)
+        elif isinstance(value, _CONTAINERS) and name not in _MODULE_INTERNALS:
+            for container in _containers_in(value):
+                yield container, copy(container)
+
+
 def _containers_in(value: Any, depth: int = 0) -> Iterator[Any]:
     """A list, dict or set, and those in it: what a forward may fill (empty ones, too)."""
-    if not isinstance(value, (list, dict, set, tuple)) or depth > 8:
+    if not isinstance(value, _CONTAINERS) or depth > 8:
         return
     if not isinstance(value, tuple):
         yield value
@@ -135,7 +135,7 @@ def eager() -> AbstractContextManager[Any]:
 @contextmanager
 def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Keep ``recorder.module_path`` at the path of the module that is running."""
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in modules_of(model)}
     stack: list[str] = []
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -160,11 +160,9 @@ def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def run_recorded(
-    model: nn.Module, dummy_input: Any, on_meta: bool, training: bool, recorder: Recorder
-) -> None:
+def run_recorded(model: nn.Module, dummy_input: Any, training: bool, recorder: Recorder) -> None:
     """Run the model once (and again in train mode) into ``recorder``; its errors pass through."""
-    stand_ins = {}
+    stand_ins, on_meta = {}, recorder.on_meta
     for path, tensor, kind in leaves_of(model):
         stand_ins[path] = _to_meta(tensor) if on_meta else tensor
         recorder.announce(path, stand_ins[path], tensor, kind)
@@ -178,11 +176,10 @@ def run_recorded(
     with torch.no_grad(), rng_kept(), kept, standing_in(model), eager(), paths:
         for mode in (False, True) if training else (False,):
             with evaluating(model, mode):
-                if on_meta:
-                    with torch.device("meta"), recorder:
+                with recorder:
+                    if on_meta:
                         output = functional_call(model, stand_ins, args, kwargs)
-                else:
-                    with recorder.jumps or nullcontext(), recorder:
+                    else:
                         output = model(*args, **kwargs)
                 recorder.finish(output)
 
@@ -196,9 +193,9 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that modules hold as ordinary attributes: constants of the forward."""
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         for name, value in vars(module).items():
-            if name not in _MODULE_INTERNALS:
+            if name not in _MODULE_INTERNALS and not isinstance(value, _PLAIN):
                 for tensor in tensors_in(value, depth=7):
                     yield f"{path}.{name}" if path else name, tensor
 
@@ -211,9 +208,9 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
     within ``masked()``, where the parameters have the values that count. Errors: ``TraceError``
     where the model does not run on ``dummy_input``; the model's own error is its cause.
     """
-    recorder = Recorder()
+    recorder = Recorder(on_meta=True)
     try:
-        run_recorded(model, dummy_input, True, False, recorder)
+        run_recorded(model, dummy_input, False, recorder)
     except Exception as error:  # it looks at its data, or keeps tensors of its own: run for real
         if any(tensor.is_meta for _, tensor, _ in leaves_of(model)):
             raise TraceError(
@@ -222,24 +219,24 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
                 "device first."
             ) from error
         with masked():
-            recorder = Recorder(Jumps())
+            recorder = Recorder(on_meta=False, jumps=Jumps())
             try:
-                run_recorded(model, dummy_input, False, False, recorder)
+                run_recorded(model, dummy_input, False, recorder)
             except Exception as caught:
                 raise does_not_run(model, dummy_input, caught) from caught
-            return _whole_trace(model, dummy_input, recorder, False)
-    return _whole_trace(model, dummy_input, recorder, True)
+            return _whole_trace(model, dummy_input, recorder)
+    return _whole_trace(model, dummy_input, recorder)
 
 
-def _whole_trace(model: nn.Module, dummy_input: Any, recorder: Recorder, on_meta: bool) -> Trace:
+def _whole_trace(model: nn.Module, dummy_input: Any, recorder: Recorder) -> Trace:
     """The trace of a run, with a run in train mode added if that reaches more of the model."""
     training = not all(
         path in recorder.leaves for path, _, kind in leaves_of(model) if kind == "parameter"
     )
     if training:
-        both = Recorder(None if on_meta else Jumps())
+        both = Recorder(recorder.on_meta, None if recorder.on_meta else Jumps())
         try:
-            run_recorded(model, dummy_input, on_meta, True, both)
+            run_recorded(model, dummy_input, True, both)
         except Exception:  # a head that is too deep for this input, say: what it got so far stays
             both.finish_early()
         training = len(both.leaves) > len(recorder.leaves)
@@ -251,7 +248,7 @@ def _whole_trace(model: nn.Module, dummy_input: Any, recorder: Recorder, on_meta
         outputs=recorder.outputs,
         effects=recorder.effects,
         size_reads=recorder.size_reads,
-        on_meta=on_meta,
+        on_meta=recorder.on_meta,
         training=training,
         partial=recorder.partial,
         complete=recorder.complete,

@@ -21,6 +21,7 @@ import networkx as nx
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from compress.graph.meta import quick_result
 
@@ -128,11 +129,13 @@ class Trace:
 class Recorder(TorchFunctionMode):
     """Turn the torch functions of a run into the nodes of an fx graph.
 
-    ``jumps`` is the mode that keeps the jumps of a run on real tensors, or settles them.
+    With ``on_meta`` new tensors are made on the meta device. ``jumps`` is what keeps the jumps of a
+    run on real tensors, or settles them.
     """
 
-    def __init__(self, jumps: Jumps | Settled | None = None) -> None:
+    def __init__(self, on_meta: bool, jumps: Jumps | Settled | None = None) -> None:
         super().__init__()
+        self.on_meta = on_meta
         self.jumps = jumps
         self.graph = fx.Graph()
         self.leaves: dict[str, fx.Node] = {}
@@ -181,15 +184,23 @@ class Recorder(TorchFunctionMode):
         version = None if target is None else _version(target)
         # The arguments become nodes before the call: in place, it changes what they stand for.
         node_args = (self._as_nodes(args), self._as_nodes(kwargs))
-        result = quick_result(func, args, kwargs)
+        result = quick_result(name, func, args, kwargs) if self.on_meta else None
         if result is None:
-            result = func(*args, **kwargs)
+            result = self._run(func, types, args, kwargs)
         elif result is target:
             version = -1  # written
         if name == "set_data" or (target is not None and _writes_uncounted(func, target, kwargs)):
             version = -1
         self._note(name, func, node_args, target, version, result)
         return result
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The call itself. Other modes would see every look at a tensor that we take, too."""
+        if self.on_meta and func in _device_constructors() and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        if self.jumps is not None:
+            return self.jumps.__torch_function__(func, types, args, kwargs)
+        return func(*args, **kwargs)
 
     def _note(
         self, name: str, func: Any, node_args: Any, target: Any, version: int | None, result: Any
@@ -206,7 +217,10 @@ class Recorder(TorchFunctionMode):
             self.effects.append(self._call("read_value", read_value, *node_args))
 
     def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> fx.Node:
-        node = self.graph.create_node("call_function", func, args, kwargs, name=name)
+        node = self.graph.create_node("call_function", func, name=name)
+        node.args = args  # create_node() would search it for symbols, which takes as long again
+        if kwargs:
+            node.kwargs = kwargs
         node.meta = {"name": name, "module": self.module_path, "source": _source()}
         node.meta |= {"shape": (), "dtype": None}  # until an output is registered
         return node

@@ -90,7 +90,7 @@ class ChannelNorm(Rule):
     def rewrite(self, call: Call, plan: PlanBuilder) -> None:
         """Without parameters a norm counts all the same: it warns of other sizes."""
         axis = plan.knowledge.axis(call.node, 1)
-        module = plan.graph.model.get_submodule(call.module)
+        module = plan.graph.modules[call.module]
         counts = isinstance(module, nn.modules.batchnorm._NormBase)
         if axis is not None and counts and module.num_features == len(axis):
             plan.set_number(call, "num_features", len(axis), int(plan.kept(axis).sum()))

@@ -6,7 +6,7 @@ positions of its inputs it reads. It never walks a graph: it sees one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,11 +31,11 @@ _NUMPY_NAMES = {"dim": "axis", "keepdim": "keepdims", "input": "x", "other": "x2
 class Call:
     """One recorded call, with its arguments found by position or by name."""
 
-    __slots__ = ("model", "name", "node")
+    __slots__ = ("modules", "name", "node")
 
-    def __init__(self, node: fx.Node, model: nn.Module | None = None) -> None:
+    def __init__(self, node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -> None:
         self.node = node
-        self.model = model
+        self.modules = modules
         self.name: str = node.meta["name"]
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
@@ -80,8 +80,8 @@ class Call:
     @property
     def owner(self) -> nn.Module:
         """The module that the call ran in."""
-        assert self.model is not None, "only the calls of a channel graph know their model"
-        return self.model.get_submodule(self.module)
+        assert self.modules is not None, "only the calls of a channel graph know their model"
+        return self.modules[self.module]
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -70,7 +70,7 @@ def find_rescaling(call: Call) -> Rescaling | None:
     added: list[tuple[str, Call, float, float]] = []
     while len(node.users) == 1 and not is_output(node):
         (user,) = node.users
-        step = Call(user, call.model)
+        step = Call(user, call.modules)
         weight = _weight_beside(step, node) if step.name in PRODUCTS else None
         if weight is not None:
             return Rescaling(tuple(added), *weight, -power)
@@ -130,7 +130,7 @@ def _weight_beside(step: Call, node: fx.Node) -> tuple[fx.Node, float] | None:
         return None
     other, shift = others[0], 0.0
     while other.op == "call_function" and len(other.users) == 1:
-        made = Call(other, step.model)
+        made = Call(other, step.modules)
         if made.name == "add" and shift == 0.0:
             number = _number_beside(made, made.inputs[0]) if len(made.inputs) == 1 else None
             if number is None:
@@ -201,7 +201,7 @@ class NormOverFeatures(Rule):
 
     def sized(self, call: Call) -> bool:
         """Torch's own modules, and those that become ours, have their sizes set."""
-        return call.model is None or not (self.can_shrink(call) and self.is_plain(call))
+        return call.modules is None or not (self.can_shrink(call) and self.is_plain(call))
 
     def is_plain(self, call: Call) -> bool:
         """Whether the module's code is torch's, or will be ours."""

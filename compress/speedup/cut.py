@@ -12,7 +12,7 @@ from torch import nn
 
 from compress.errors import SpeedupError
 from compress.graph.channels import ChannelGraph
-from compress.graph.run import leaves_of
+from compress.graph.walk import leaves_of
 from compress.speedup.decide import Decision, Limits
 from compress.speedup.follow import Follower
 from compress.speedup.knowledge import Knowledge

@@ -41,17 +41,20 @@ class Follower:
     def guess(self, decision: Decision) -> None:
         """Set at once what calls will want, going by the sizes that they were given.
 
-        A size that the same module read off a tensor follows by itself. All this is taken back
-        where a re-run leaves the plan and there is nothing more to set.
+        A size that the same module has read off a tensor by then follows by itself. All this is
+        taken back where a re-run leaves the plan and there is nothing more to set.
         """
         if self._guessed is not None:
             return
         read = _sizes_read(decision)
+        order = {node: i for i, node in enumerate(self.graph.trace.nodes)}
         for step in self.graph.steps:
             if step.rule.sized(step.call):
-                numbers = _changed_by_number(decision, step.call)
-                numbers -= read.get(step.call.module, set())
                 node = step.call.node
+                numbers = _changed_by_number(decision, step.call)
+                for tensor, sizes in read.get(step.call.module, ()):
+                    if order[tensor] < order[node]:
+                        numbers -= sizes
                 wanted = matching_attributes(self.graph, decision, node) if numbers else []
                 self._set([a for a in wanted if type(a.old) is not int or a.old in numbers], node)
         self._guessed = bool(self._tried)
@@ -125,7 +128,7 @@ class Follower:
                 continue
             of_module = [a for k, (a, _) in self._tried.items() if k[0] == key[0]]
             if sum(a.old == attribute.old for a in of_module) > 1:
-                kind = type(self.graph.model.get_submodule(key[0]))
+                kind = type(self.graph.modules[key[0]])
                 barred = {k for k in self._tried if k[1] == key[1] and self._is(k[0], kind)}
                 self._barred |= barred - self._needed
                 self._tried = {k: t for k, t in self._tried.items() if k not in self._barred}
@@ -133,7 +136,7 @@ class Follower:
         return False
 
     def _is(self, path: str, kind: type[nn.Module]) -> bool:
-        return type(self.graph.model.get_submodule(path)) is kind
+        return type(self.graph.modules[path]) is kind
 
     def _pin_call(self, node: fx.Node, reason: str) -> None:
         """The last resorts: keep all that a call works on, or its module, or everything."""
@@ -225,13 +228,14 @@ class Follower:
         return None
 
 
-def _sizes_read(decision: Decision) -> dict[str, set[int]]:
-    """By module: the sizes that its forward reads off tensors, and that the plan changes."""
-    found: dict[str, set[int]] = {}
+def _sizes_read(decision: Decision) -> dict[str, list[tuple[fx.Node, set[int]]]]:
+    """By module: the tensors that its forward reads sizes off, with those that the plan changes."""
+    found: dict[str, list[tuple[fx.Node, set[int]]]] = {}
     for node, module in decision.graph.trace.size_reads:
         before, after = _flat(node.meta["shape"]), _flat(expected_shape(decision, node))
         sizes = {old for old, new in zip(before, after, strict=True) if old != new}
-        found.setdefault(module, set()).update(sizes)
+        if sizes:
+            found.setdefault(module, []).append((node, sizes))
     return found
 
 
@@ -258,7 +262,7 @@ def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) 
         sizes = zip(_flat(each.meta["shape"]), _flat(expected_shape(decision, each)), strict=True)
         changed |= {old: new for old, new in sizes if old != new}
     path = node.meta["module"]
-    module = graph.model.get_submodule(path)
+    module = graph.modules[path]
     found = _attributes(module, path, changed, decision, node)
     for name, child in () if found else module.named_children():
         if not type(child).__module__.startswith("torch."):  # theirs are set with their parameters

@@ -167,7 +167,7 @@ class Knowledge:
             return False
         if bias is not None:
             return bias.meta["name"] == "parameter" and self.uses(bias) == 1
-        module = self.graph.model.get_submodule(module_path)
+        module = self.graph.modules[module_path]
         return (
             type(module).forward in _PLAIN_FORWARDS
             and "bias" in module._parameters

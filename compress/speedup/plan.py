@@ -290,14 +290,14 @@ class PlanBuilder:
     def _set_module_sizes(self) -> None:
         touched = {path.rpartition(".")[0] for path in self.plan.slices}
         for path in sorted(p.split(".parametrizations")[0] for p in touched):
-            module = self.graph.model.get_submodule(path)
+            module = self.graph.modules[path]
             for name, new in self._sizes(path, module):
                 old = getattr(module, name)
                 if old != new:
                     self._attributes[path, name] = Attribute(path, name, old, new)
 
     def _replace_modules(self) -> None:
-        for path, module in self.graph.model.named_modules():
+        for path, module in self.graph.modules.items():
             kind = STAND_INS.get(type(module))
             if kind is None and type(module) not in STAND_INS.values():
                 continue

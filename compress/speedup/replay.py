@@ -75,9 +75,10 @@ def replay(
     graph = decision.graph
     exact = decision.knowledge.constants == "exact"
     jumps = Settled(graph.trace.jumps, None if exact else float("inf"))
-    recorder, error = Recorder(jumps), ""
+    on_meta = graph.trace.on_meta
+    recorder, error = Recorder(on_meta, None if on_meta else jumps), ""
     try:
-        run_recorded(model, dummy_input, graph.trace.on_meta, graph.trace.training, recorder)
+        run_recorded(model, dummy_input, graph.trace.training, recorder)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}".splitlines()[0]
     calls, again = _calls(graph.trace.nodes), _calls(recorder.graph.nodes)

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from compress.errors import SpeedupError
 from compress.graph.explain import Explanation
-from compress.graph.run import leaves_of
+from compress.graph.walk import leaves_of
 from compress.masks import Masks, suspend_masks
 from compress.speedup.cut import Cut, Cutter, Options
 from compress.speedup.decide import Limits

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from compress import modules
+from compress.graph.walk import leaves_of, modules_of
 from compress.modules import replace_class
 from compress.speedup.knowledge import all_by_row
 from compress.speedup.plan import Attribute, Carry, Plan, Replacement, Slice
@@ -89,7 +90,8 @@ def apply_plan(
     model: nn.Module, plan: Plan, masks: Mapping[str, torch.Tensor]
 ) -> Callable[[], None]:
     """Shrink the model in place; returns the function that undoes it."""
-    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    tensors = {path: tensor for path, tensor, _ in leaves_of(model)}
+    owners = dict(modules_of(model))
     replaced: list[_Before] = []
     undo: list[Callable[[], None]] = []
 
@@ -103,7 +105,7 @@ def apply_plan(
         with torch.no_grad():
             # What fails half-way has been noted up to there: += takes them one by one.
             undo += (
-                _add_bias(model, path, tensors[weight], plan)
+                _add_bias(owners, path, tensors[weight], plan)
                 for path, weight in plan.new_biases.items()
             )
             touched = {
@@ -112,9 +114,9 @@ def apply_plan(
             replaced += (
                 _replace(tensors[path], path, plan, masks) for path in touched if path in tensors
             )
-            undo += (_replace_class(model, each) for each in plan.replacements)
-            undo += (_set_attribute(model, attribute) for attribute in plan.attributes)
-            _flatten_recurrent(model, plan)
+            undo += (_replace_class(owners, each) for each in plan.replacements)
+            undo += (_set_attribute(owners, each) for each in plan.attributes)
+            _flatten_recurrent(owners, plan)
     except BaseException:
         undo_all()
         raise
@@ -131,6 +133,7 @@ def masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iterator[None
         undo()
 
 
+Owners = Mapping[str, nn.Module]  # the modules by path
 _Before = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # a tensor, its data, its gradient
 
 
@@ -155,8 +158,8 @@ def _put(tensor: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) ->
     tensor.grad = grad
 
 
-def _add_bias(model: nn.Module, path: str, weight: torch.Tensor, plan: Plan) -> Callable[[], None]:
-    module = model.get_submodule(path.rpartition(".")[0])
+def _add_bias(owners: Owners, path: str, weight: torch.Tensor, plan: Plan) -> Callable[[], None]:
+    module = owners[path.rpartition(".")[0]]
     shift = torch.from_numpy(plan.biases[path])
     cut = plan.slices.get(path)
     value = (shift if cut is None else cut(shift)).to(weight.device, weight.dtype)
@@ -168,20 +171,20 @@ def _add_bias(model: nn.Module, path: str, weight: torch.Tensor, plan: Plan) -> 
     return undo
 
 
-def _replace_class(model: nn.Module, each: Replacement) -> Callable[[], None]:
-    module, kind = model.get_submodule(each.module), getattr(modules, each.kind)
+def _replace_class(owners: Owners, each: Replacement) -> Callable[[], None]:
+    module, kind = owners[each.module], getattr(modules, each.kind)
     return replace_class(module, kind, each.state)
 
 
-def _set_attribute(model: nn.Module, attribute: Attribute) -> Callable[[], None]:
-    module = model.get_submodule(attribute.module)
+def _set_attribute(owners: Owners, attribute: Attribute) -> Callable[[], None]:
+    module = owners[attribute.module]
     setattr(module, attribute.name, attribute.new)
     return lambda: setattr(module, attribute.name, attribute.old)
 
 
-def _flatten_recurrent(model: nn.Module, plan: Plan) -> None:
+def _flatten_recurrent(owners: Owners, plan: Plan) -> None:
     """cuDNN wants the weights of a recurrent module in one piece of memory, as they were."""
     for path in {path.rpartition(".")[0] for path in plan.slices}:
-        module = model.get_submodule(path)
+        module = owners[path]
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
