@@ -7,8 +7,7 @@ channels begin here, with the labels of the weight's output axis.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 AxesOf = Callable[[Any], Axes]
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Where a contraction's channels lie.
 
     ``channel`` is the input's and the output's channel axis (negative); ``weight_in`` and
@@ -271,7 +269,7 @@ class Convolution(Contraction):
         if isinstance(padding, str):
             at_border = padding == "same" and max(kernel) > 1
         else:
-            at_border = bool(np.any(padding))
+            at_border = any(padding) if isinstance(padding, tuple) else bool(np.any(padding))
         return Geometry(
             x, weight, call.arg(2, "bias"), call.arg(6, "groups", 1),
             channel=-len(kernel) - 1, weight_in=1, weight_out=0, at_border=at_border,

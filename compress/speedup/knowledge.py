@@ -180,8 +180,10 @@ def _nonzero_pattern(weight: torch.Tensor, mask: torch.Tensor | None) -> torch.T
 
     Most are told by one look at the middle of the kernel; only the rest is searched.
     """
-    if weight.dim() <= 2:
-        return weight != 0 if mask is None else (weight != 0) & mask.to(weight.device)
+    if weight.shape[2:].numel() == 1:
+        weight = weight.reshape(weight.shape[:2])
+        found = weight != 0
+        return found if mask is None else found & mask.to(weight.device).reshape(weight.shape)
     weight = weight.flatten(2)
     middle = weight.select(2, weight.shape[2] // 2)
     if mask is None:
