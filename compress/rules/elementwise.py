@@ -6,17 +6,19 @@ known; 0 times unknown is 0.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.nn import functional as F
 
 from compress.graph.labels import Axes, Axis, EqualParts, LabelSpace
 from compress.graph.shapes import normal_axis
-from compress.rules.registry import OPAQUE, Call, Rule, Value, rule, shape_of
+from compress.rules.registry import OPAQUE, Call, Rule, Value, rule, rule_for, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.knowledge import Knowledge
@@ -142,6 +144,8 @@ class Elementwise(Rule):
     def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
         if call.shape and not isinstance(call.shape[0], int):  # where(condition) alone
             return OPAQUE.labels(call, axes, space)
+        if call.name in PRODUCTS | QUOTIENTS and isinstance(call.arg(0, "input"), fx.Node):
+            _pin_scale(call, axes, space)
         return tied_axes(call.inputs, axes, call, space)
 
     def value(self, call: Call, known: Knowledge) -> Value:
@@ -149,6 +153,34 @@ class Elementwise(Rule):
         if call.name in PRODUCTS | QUOTIENTS:
             return _zero_times_unknown(call, known, result)
         return result
+
+
+def _pin_scale(call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> None:
+    """``q * (c // heads) ** -0.5``: a scale that the code computes from the number of head dims.
+
+    It looks like any number; but the features of heads, or what the product of two activations was
+    summed over, have just this size, and the module does not hold it as ``self.scale``.
+    """
+    number = call.arg(1, "other")
+    if not isinstance(number, float) or not number > 0 or _is_held(call.owner, number):
+        return
+    source = call.first
+    seen = [(source, len(shape_of(source)) - 1)] if shape_of(source) else []
+    if source.op == "call_function":
+        seen += [
+            pair for pairs in rule_for(source.meta["name"]).summed(Call(source)) for pair in pairs
+        ]
+    for node, axis in seen:
+        size, labels = shape_of(node)[axis], axes(node)[axis]
+        roots = (size**-0.5, size**0.5)
+        if labels is None or not any(math.isclose(number, root) for root in roots):
+            continue
+        if node is not source or any(np.array_equal(labels, g.columns) for g in space.grids):
+            space.pin(labels, call.node, "sets the scale of attention by its number")
+
+
+def _is_held(module: nn.Module, number: float) -> bool:
+    return any(isinstance(v, float) and v == number for v in vars(module).values())
 
 
 def _zero_times_unknown(call: Call, known: Knowledge, result: Value) -> Value:

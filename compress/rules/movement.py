@@ -49,6 +49,11 @@ class Reshape(Rule):
         sizes = call.rest(1, "shape") if call.name in ("view", "reshape") else ()
         return {i: s for i, s in enumerate(sizes) if isinstance(s, int) and s != -1}
 
+    def part_sizes(self, call: Call, shapes: Any) -> list[int]:
+        """``view(self.bias_shape)``: the whole shape as one attribute."""
+        given = self.given_sizes(call)
+        return list(shapes) if len(given) == len(call.shape) else []
+
     def sized(self, call: Call) -> bool:
         if call.name in ("view", "reshape"):  # 1 cannot shrink, and -1 is counted anew
             return any(size not in (1, -1) for size in call.rest(1, "shape"))

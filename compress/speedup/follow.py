@@ -7,7 +7,9 @@ source, it stays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,15 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.graph.channels import ChannelGraph
-from compress.graph.labels import Axis, EqualParts
+from compress.graph.labels import Axis, EqualParts, Labels
+from compress.graph.shapes import regroup
 from compress.graph.trace import location
 from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
 from compress.speedup.plan import Attribute
 from compress.speedup.replay import Mismatch, expected_shape
+
+PartsOf = Callable[[fx.Node, int], "Labels | None"]
 
 _REASON = "has its size as a number in the code"
 
@@ -64,7 +69,7 @@ class Follower:
         wanted = {
             (attribute.module, attribute.name, node): attribute
             for node in {node for _, node in self._tried.values()}
-            for attribute in matching_attributes(self.graph, decision, node)
+            for attribute in matching_attributes(self.graph, decision, node, parts=True)
         }
         found = [wanted.get((*key, node)) for key, (_, node) in self._tried.items()]
         return [attribute for attribute in found if attribute is not None]
@@ -78,9 +83,9 @@ class Follower:
     def answer(self, decision: Decision, mismatch: Mismatch) -> None:
         """Change what is set, or what may go, so that the next try gets further."""
         node, reason = mismatch.node, f"{_REASON} ({mismatch.got})"
-        if self._set_more(decision, mismatch):
+        if self._equalise_all(node, self._split) or self._set_more(decision, mismatch):
             return
-        if not mismatch.numbers and self._equalise_size_reads(node):
+        if not mismatch.numbers and self._equalise_all(node, self._given):
             return
         if _pin_sizes(decision, node, reason):
             for other in self._same_line(node):
@@ -99,15 +104,20 @@ class Follower:
             return True
         if node in self._hopeless:
             return False
-        wanted = matching_attributes(self.graph, decision, node)
+        matching = partial(matching_attributes, self.graph, decision)
+        wanted = matching(node)
         news = self._set(wanted, node)
+        if not news:  # the call is in a method of a part of the module, perhaps
+            matching = partial(matching, parts=True)
+            wanted = matching(node)
+            news = self._set(wanted, node)
         if not news and self._guessed:
             self._guessed = False
             self._tried.clear()
             return True
         if news or self._couple(wanted, node):
             for other in self._same_line(node):  # the other blocks will want the same
-                self._set(matching_attributes(self.graph, decision, other), other)
+                self._set(matching(other), other)
             return True
         self._hopeless.add(node)
         self._tried = {key: t for key, t in self._tried.items() if t[1] is not node}
@@ -200,25 +210,49 @@ class Follower:
         self.graph.space.equal_parts.append(EqualParts(np.stack([left, right]), other))
         return True
 
-    def _equalise_size_reads(self, node: fx.Node) -> bool:
+    def _equalise_all(self, node: fx.Node, parts_of: PartsOf) -> bool:
+        """For this call and, if that is news, for the same one in the other blocks."""
+        news = self._equalise_size_reads(node, parts_of)
+        for other in self._same_line(node) if news else ():
+            self._equalise_size_reads(other, parts_of)
+        return news
+
+    def _equalise_size_reads(self, node: fx.Node, parts_of: PartsOf) -> bool:
         """Where a size that the module read off a tensor is given to this call: equally many.
 
-        ``b, n, c = x.shape`` and later ``y.reshape(b, n, c)``: y's features are counted as x's.
+        ``parts_of(node, size)``: (parts, size), the labels that the call counts as ``size``.
         """
         for read, where in self.graph.trace.size_reads:
             if where != node.meta["module"] or read is node or not _one_shape(read):
                 continue
             for axis, size in enumerate(read.meta["shape"]):
                 key, one = (("", str(axis)), read, node), self.graph.axis(read, axis)
-                other = self._counted_axis(node, size)
-                if one is None or other is None or key in self._coupled:
+                parts = parts_of(node, size)
+                if one is None or parts is None or key in self._coupled:
                     continue
                 self._coupled.add(key)
-                if not np.array_equal(self.graph.root[one], self.graph.root[other]):
-                    both = EqualParts(np.stack([one, other]), node)
+                if (self.graph.root[one] != self.graph.root[parts]).any():
+                    both = EqualParts(np.concatenate([one[None], parts]), node)
                     self.graph.space.equal_parts.append(both)
                     return True
         return False
+
+    def _given(self, node: fx.Node, size: int) -> Labels | None:
+        """``b, n, c = x.shape`` and later ``y.reshape(b, n, c)``: y's features are x's."""
+        axis = self._counted_axis(node, size)
+        return None if axis is None else axis[None]
+
+    def _split(self, node: fx.Node, size: int) -> Labels | None:
+        """``qkv.reshape(b, n, 3, heads, c // heads)``: each third of the features are as x's."""
+        if node.meta["name"] not in ("view", "reshape") or size == 1:
+            return None
+        source, shape = Call(node).first, node.meta["shape"]
+        for left, right in regroup(source.meta["shape"], shape):
+            labels = self.graph.axis(source, left[0]) if len(left) == 1 < len(right) else None
+            inner = [prod(shape[a] for a in right[i:]) for i in range(len(right) - 1)]
+            if labels is not None and size in inner:
+                return labels.reshape(-1, size)
+        return None
 
     def _counted_axis(self, node: fx.Node, size: int) -> Axis:
         """The axis of a call's output whose size the caller gave as ``size``."""
@@ -251,11 +285,13 @@ def _changed_by_number(decision: Decision, call: Call) -> set[int]:
     return found | {old for old, new in zip(parts, after, strict=False) if old != new}
 
 
-def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) -> list[Attribute]:
+def matching_attributes(
+    graph: ChannelGraph, decision: Decision, node: fx.Node, parts: bool = False
+) -> list[Attribute]:
     """Attributes that hold a size (or sizes) which the plan changes.
 
-    Those of the module a call ran in; if there is none, of the parts that it is made of (a model
-    may ask ``self.block.hidden_size``).
+    Those of the module a call ran in; if there is none, or with ``parts``, of the parts that it is
+    made of (a model may ask ``self.block.hidden_size``).
     """
     changed: dict[int, int] = {}
     for each in (node, *node.all_input_nodes):
@@ -264,7 +300,7 @@ def matching_attributes(graph: ChannelGraph, decision: Decision, node: fx.Node) 
     path = node.meta["module"]
     module = graph.modules[path]
     found = _attributes(module, path, changed, decision, node)
-    for name, child in () if found else module.named_children():
+    for name, child in module.named_children() if parts or not found else ():
         if not type(child).__module__.startswith("torch."):  # theirs are set with their parameters
             child_path = f"{path}.{name}" if path else name
             found += _attributes(child, child_path, changed, decision, node)
