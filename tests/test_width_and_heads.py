@@ -9,11 +9,12 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from compress import L1FilterPruner, ModelSpeedup
-from compress.speedup import cut
 from oracle import check_exact, masked_copy, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from compress import L1FilterPruner, ModelSpeedup
+from compress.speedup import cut
 
 
 class WindowAttention(nn.Module):
