@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from types import MethodType
 from typing import Any
@@ -29,6 +29,7 @@ from compress.errors import CompressError, ConfigError
 from compress.graph.run import eager, evaluating, state_kept
 from compress.progress import progress_bar
 from compress.unchanged import (
+    batch_statistics,
     differentiable_in_eval,
     gradients_kept,
     random_kept,
@@ -165,6 +166,7 @@ class Evaluator:
         each: Step,
         *,
         backward: bool = False,
+        at_start: bool = False,
         progress: bool = True,
     ) -> None:
         """Run ``limit`` batches through the model in eval mode, and change nothing by it.
@@ -174,9 +176,13 @@ class Evaluator:
             limit: how many batches; None is one pass over all.
             each: called after every batch; with ``backward`` the parameters' ``grad`` is that of
                 the batch's loss then.
+            at_start: of a training: as `measuring`.
             progress: whether a terminal sees a bar.
         """
-        with self.measuring(model), progress_bar("measuring", limit, progress) as advance:
+        with (
+            self.measuring(model, at_start),
+            progress_bar("measuring", limit, progress) as advance,
+        ):
             for batch in self.batches(limit, device_of(model)):
                 if backward:
                     model.zero_grad(set_to_none=True)
@@ -189,12 +195,17 @@ class Evaluator:
                 advance()
 
     @contextmanager
-    def measuring(self, model: nn.Module) -> Iterator[None]:
-        """The model in eval mode; all that a forward or a backward changes is undone at the end."""
+    def measuring(self, model: nn.Module, at_start: bool = False) -> Iterator[None]:
+        """The model in eval mode; all that a forward or a backward changes is undone at the end.
+
+        ``at_start`` of a training batch norms take the statistics of the batch, as their running
+        ones say nothing yet.
+        """
         with (
             eager(),
             differentiable_in_eval(model),
             evaluating(model),
+            batch_statistics(model) if at_start else nullcontext(),
             state_kept(model, values=True),
             gradients_kept(model),
             random_kept(self.train_loader),
@@ -298,6 +309,7 @@ class TrainerEvaluator(Evaluator):
         each: Step,
         *,
         backward: bool = False,
+        at_start: bool = False,
         progress: bool = True,
     ) -> None:
         steps = 0
