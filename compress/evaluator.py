@@ -44,9 +44,8 @@ class Evaluator:
     """Data and a loss, from which measuring, training and scoring follow.
 
     A batch is a tensor, ``(*inputs, target)``, or a dict of keyword arguments, as transformers
-    has them; ``forward`` and ``loss`` are for all others. transformers' and Lightning's own losses:
-    ``loss=lambda model, batch: trainer.compute_loss(model, batch)`` and ``loss=lambda model, batch:
-    model.training_step(batch, 0)``.
+    has them; ``forward`` and ``loss`` are for all others. Of a LightningModule or a transformers
+    Trainer `compress.adapters` makes one.
 
     Args:
         train_loader: batches, as often as it is iterated; a `DataLoader` or any such iterable.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from compress.adapters import LightningEvaluator, TransformersEvaluator
 from compress.errors import CompressError, ConfigError
 from compress.evaluator import Evaluator, TrainerEvaluator, as_evaluator
 from compress.progress import progress_bar
@@ -315,3 +317,29 @@ def test_the_bar_is_for_terminals_and_for_what_takes_long(
     assert run(False) == ""
     monkeypatch.setattr("compress.progress._PATIENCE_S", 60.0)
     assert run(True) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"), [(LightningEvaluator, "lightning"), (TransformersEvaluator, "transformers")]
+)
+def test_an_adapter_whose_library_is_missing(
+    kind: type[Any], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("lightning.pytorch", "pytorch_lightning", "transformers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(CompressError, match=rf"pip install compress-torch\[{extra}\]"):
+        kind(nn.Linear(1, 1))
+
+
+def test_running_sums_that_are_no_buffers_stay() -> None:
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += len(x)
+            return super().forward(x)
+
+    model = Counting(2, 2)
+    model.seen = seen = torch.zeros(())
+    Evaluator([torch.rand(3, 2)]).measure(model, 1, lambda: None)
+    assert model.seen is seen
+    assert model.seen == 0

@@ -74,7 +74,11 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
-    """What a run sets on the modules (caches, counters, with ``values`` buffers) is undone."""
+    """What a run sets on the modules (caches, counters) is undone.
+
+    With ``values`` also what it writes into buffers, and into tensors that are no buffers, such as
+    the running sums of a metric.
+    """
     layouts: dict[tuple[str, ...], tuple[str, ...]] = {}  # modules of one class share their names
     saved = []
     for module in model.modules():
@@ -87,7 +91,8 @@ def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
         if name not in _MODULE_INTERNALS or name in _REGISTRIES
         for container in _containers_in(value)
     ]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if values else []
+    plain = [v for _, _, attributes in saved for v in attributes if isinstance(v, torch.Tensor)]
+    tensors = [(t, t.detach().clone()) for t in (*model.buffers(), *plain)] if values else []
     try:
         yield
     finally:
@@ -103,9 +108,9 @@ def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
                 container.clear()
                 container.update(content)
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in tensors:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 def _containers_in(value: Any, depth: int = 0) -> Iterator[Any]:
