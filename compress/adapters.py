@@ -164,13 +164,13 @@ class LightningEvaluator(LibraryEvaluator):
             return step(batch)
         return step(batch, 0)
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def _loss_of(self, model: nn.Module, batch: Any) -> Tensor:
         found = self.forward(model, batch)
-        loss = found.get("loss") if isinstance(found, Mapping) else found
-        if not isinstance(loss, Tensor):
+        loss: Tensor | None = found.get("loss") if isinstance(found, Mapping) else found
+        if loss is None:
             raise ConfigError(
-                f"training_step of {type(self.module).__name__} returned a {type(found).__name__} "
-                "without a loss; expected a tensor, or a dict with one under 'loss'"
+                f"training_step of {type(self.module).__name__} returned no loss; expected a "
+                "tensor, or a dict with one under 'loss'"
             )
         return loss
 
@@ -247,7 +247,7 @@ class TransformersEvaluator(LibraryEvaluator):
         """The loss, as a forward without it is not known to the trainer."""
         return self.loss(model, batch)
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def _loss_of(self, model: nn.Module, batch: Any) -> Tensor:
         with self.trainer.compute_loss_context_manager():
             # A copy, as compute_loss may take the labels out of it.
             loss: Tensor = self.trainer.compute_loss(self.module, dict(batch))

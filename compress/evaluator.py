@@ -84,6 +84,11 @@ class Evaluator:
             for name, value in given.items()
             if value is not None and not callable(value)
         ]
+        problems += [
+            f"{name}: got the class {value.__name__}; expected one of it: {value.__name__}()"
+            for name, value in {"criterion": criterion, "loss": loss}.items()
+            if isinstance(value, type)
+        ]
         if train_loader is not None and not isinstance(train_loader, Iterable):
             problems.append(f"train_loader: got {type(train_loader).__name__}; expected batches")
         elif isinstance(train_loader, Iterator):
@@ -137,8 +142,19 @@ class Evaluator:
         """The loss on a batch, a scalar tensor.
 
         Raises:
-            ConfigError: there is no way to compute it; says what to pass.
+            ConfigError: there is no way to compute it, or it is no scalar; says what to pass.
         """
+        loss = self._loss_of(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a {type(loss).__name__}"
+            got = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else got
+            raise ConfigError(
+                f"the loss on a batch is {got}; expected a tensor of one number, such as its mean "
+                "over the batch"
+            )
+        return loss
+
+    def _loss_of(self, model: nn.Module, batch: Any) -> Tensor:
         if self._loss is not None:
             return self._loss(model, batch)
         if isinstance(batch, Mapping):
@@ -231,6 +247,11 @@ class Evaluator:
         if problem or self.optimizer_factory is None:
             raise ConfigError(f"{type(model).__name__} cannot be trained: {problem}")
         optimizer = self.optimizer_factory([p for p in model.parameters() if p.requires_grad])
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(
+                f"optimizer_factory returned a {type(optimizer).__name__}; expected a "
+                "torch.optim.Optimizer of the parameters that it is called with"
+            )
         total = epochs * len(self.train_loader) if isinstance(self.train_loader, Sized) else None
         with (
             training(model),
