@@ -282,7 +282,9 @@ def _warn_of_untouched(
     for layer in (x for x in layers if x.budget > 0 and not gone[x.roots].any()):
         labels = _units(graph, layer.name, len(_weight(graph, layer.name)))
         pinned = labels[graph.root[labels] == graph.root[0]]
-        if not labels.any():
+        if shared := _shared_with(graph, layer.name):
+            reason = f"shares its weight with {shared!r}, which decides about both"
+        elif not labels.any():
             reason = "runs in no way that the graph knows"
         elif len(pinned):
             reason = graph.pin_reason(int(pinned[0]))
@@ -292,6 +294,15 @@ def _warn_of_untouched(
         else:
             reason = "is coupled with a layer that is not to be pruned, or in too large steps"
         warnings.warn(f"the pruner masks nothing of {layer.name!r}: it {reason}", stacklevel=2)
+
+
+def _shared_with(graph: ChannelGraph, name: str) -> str:
+    """The layer under whose name the graph has this one's weight, if that is another."""
+    path, weight = _weight_path(name), _weight(graph, name)
+    leaves = graph.trace.leaves
+    owners = (other for other in leaves if leaves[other].meta["tensor"] is weight)
+    owner = path if path in leaves else next(owners, path)
+    return "" if owner == path else owner.removesuffix(".weight")
 
 
 def _coupled_besides(graph: ChannelGraph, name: str, targets: set[str]) -> list[str]:
