@@ -301,12 +301,11 @@ def _attributes_kept(owner: Any, *names: str) -> Iterator[None]:
 
 def _lightning_of(module: Any) -> Any:
     """The package that a LightningModule is of: its two names have classes of their own."""
-    names = ("lightning.pytorch", "pytorch_lightning")
-    for name in names:
+    for name in ("lightning.pytorch", "pytorch_lightning"):
         library = sys.modules.get(name)
         if library is not None and isinstance(module, library.LightningModule):
             return library
-    _need("lightning", *names)
+    _need("lightning", "lightning", "pytorch_lightning")
     raise ConfigError(f"module: got {type(module).__name__}; expected a LightningModule")
 
 
@@ -321,14 +320,8 @@ def _transformers_of(trainer: Any) -> Any:
 
 
 def _need(extra: str, *packages: str) -> None:
-    if not any(_is_installed(package) for package in packages):
+    if all(importlib.util.find_spec(package) is None for package in packages):
         raise CompressError(
             f"this adapter is for {extra}, which is not installed here: pip install "
             f"compress-torch[{extra}]"
         )
-
-
-def _is_installed(package: str) -> bool:
-    with suppress(ModuleNotFoundError):  # of the package around it
-        return importlib.util.find_spec(package) is not None
-    return False

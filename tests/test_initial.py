@@ -121,6 +121,24 @@ def test_scores_are_those_of_batch_norms_that_see_the_batch() -> None:
     torch.testing.assert_close(found, (gradient * model.conv1.weight).abs().flatten().detach())
 
 
+def test_a_gate_on_a_filter_with_a_norm_feels_nothing_so_that_entries_are_scored() -> None:
+    model = residual()
+    config_list = [{"sparsity": 0.5, "op_names": ["conv1"]}]
+    total = [{"total_sparsity": 0.5, "op_names": ["conv1"]}]
+    weight = model.conv1.weight.detach()
+    by_filter = SNIPFilterPruner(model, config_list, evaluator(1))
+    by_filter.calc_masks()
+    gradient = by_filter._found["conv1"]
+    scores = by_filter.score(Layer("conv1", model.conv1, weight))
+    assert scores.count_nonzero() > 4
+    gates = (gradient * weight).flatten(1).sum(1)
+    assert gates.abs().max() < 1e-3 * scores.max()
+    grasp = GraSPPruner(model, total, evaluator(1), temperature=1)
+    grasp.calc_masks()
+    sums = (grasp._found["conv1"] * weight).flatten(1).sum(1)
+    torch.testing.assert_close(sums, -gradient.square().flatten(1).sum(1), rtol=1e-2, atol=1e-5)
+
+
 # --- nothing else is changed
 
 
