@@ -264,7 +264,8 @@ def _check_finite(scores: Mapping[str, Tensor]) -> None:
     if bad:
         raise MaskError(
             f"NaN or infinite scores: {', '.join(bad)}; expected finite ones; the layers' weights "
-            "have diverged: load a good checkpoint, or exclude these layers"
+            "have diverged, or the loss that was measured has: load a good checkpoint, look at the "
+            "data, or exclude these layers"
         )
 
 

@@ -1,8 +1,8 @@
 """What a unit is worth: pure functions of a weight, or of what data says, to a score per unit.
 
-A unit is a filter (an output channel), or one entry in `magnitude`, `lamp`, `wanda` and `movement`.
-Low scores go first. Scores are computed in float32 at least, on the weight's device; no criterion
-knows a sparsity.
+A unit is a filter (an output channel), or one entry in `magnitude`, `lamp`, `wanda`, `movement`,
+`connection_sensitivity` and `gradient_flow`. Low scores go first. Scores are computed in float32 at
+least, on the weight's device; no criterion knows a sparsity.
 
 ``axis`` is the axis of the weight that the output channels lie on: 0 for convolutions
 ``(out, in/groups, k...)`` and linear layers ``(out, in)``, 1 for transposed convolutions
@@ -71,8 +71,7 @@ def random(weight: Tensor, axis: int = 0, groups: int = 1, *, generator: torch.G
 
 def magnitude(weight: Tensor) -> Tensor:
     """|w| of each entry, flat, ``(numel,)``: Han et al. 2015, Learning Weights and Connections."""
-    weight = weight.detach().flatten()
-    return (weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight).abs()
+    return _entries(weight).abs()
 
 
 def taylor_first_order(weight: Tensor, gradient: Tensor, axis: int = 0, groups: int = 1) -> Tensor:
@@ -138,11 +137,47 @@ def wanda(weight: Tensor, norms: Tensor) -> Tensor:
     return weight.detach().abs().to(norms.dtype) * norms
 
 
+def connection_sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|g·w| of each entry, flat, ``(numel,)``: what the loss feels of a gate on that connection.
+
+    ``gradient`` is the loss's, of the weight's shape. Lee et al. 2019, SNIP: Single-shot Network
+    Pruning based on Connection Sensitivity, eq. 5 without the sum over all connections, which
+    changes no ranking.
+    """
+    return magnitude(_entries(weight) * _entries(gradient))
+
+
+def filter_sensitivity(weight: Tensor, gradient: Tensor, axis: int = 0, groups: int = 1) -> Tensor:
+    """Σ|g·w| of each filter, ``(out,)``: the sensitivity of all of its connections.
+
+    Not that of one gate for the filter, |Σ g·w|: a norm that follows takes back any scaling of the
+    filter, so that this is 0 for all of them.
+    """
+    product = filters(weight, axis, groups) * filters(gradient, axis, groups)
+    return product.abs().sum(dim=1)
+
+
+def gradient_flow(weight: Tensor, hessian_gradient: Tensor) -> Tensor:
+    """w·Hg of each entry, flat, ``(numel,)``: how much of ‖g‖² rests on it, to first order.
+
+    ``hessian_gradient`` is Hg, the loss's Hessian times its gradient, of the weight's shape. Wang
+    et al. 2020, Picking Winning Tickets Before Training by Preserving Gradient Flow: there
+    S(-θ) = -θ ⊙ Hg, half the change of ‖g‖² where a weight goes, and the highest go (algorithm 1);
+    this is -S, of which the lowest go.
+    """
+    return _entries(weight) * _entries(hessian_gradient)
+
+
 def movement(weight: Tensor, gradient: Tensor) -> Tensor:
     """-w·g for each entry, flat, ``(numel,)``, to be summed over training steps.
 
     High where training moves a weight away from 0. Sanh et al. 2020, Movement Pruning, eq. 3
     without the learning rate, which changes no ranking.
     """
-    product = weight.detach().flatten().float() * gradient.flatten().float()
-    return -product
+    return -(_entries(weight) * _entries(gradient))
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    """Flat, ``(numel,)``, float32 at least."""
+    tensor = tensor.detach().flatten()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

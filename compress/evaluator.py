@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from types import MethodType
 from typing import Any
@@ -29,6 +29,7 @@ from compress.errors import CompressError, ConfigError
 from compress.graph.run import eager, evaluating, state_kept
 from compress.progress import progress_bar
 from compress.unchanged import (
+    batch_statistics,
     differentiable_in_eval,
     gradients_kept,
     random_kept,
@@ -43,9 +44,8 @@ class Evaluator:
     """Data and a loss, from which measuring, training and scoring follow.
 
     A batch is a tensor, ``(*inputs, target)``, or a dict of keyword arguments, as transformers
-    has them; ``forward`` and ``loss`` are for all others. transformers' and Lightning's own losses:
-    ``loss=lambda model, batch: trainer.compute_loss(model, batch)`` and ``loss=lambda model, batch:
-    model.training_step(batch, 0)``.
+    has them; ``forward`` and ``loss`` are for all others. Of a LightningModule or a transformers
+    Trainer `compress.adapters` makes one.
 
     Args:
         train_loader: batches, as often as it is iterated; a `DataLoader` or any such iterable.
@@ -83,6 +83,11 @@ class Evaluator:
             f"{name}: got {type(value).__name__}; expected a function"
             for name, value in given.items()
             if value is not None and not callable(value)
+        ]
+        problems += [
+            f"{name}: got the class {value.__name__}; expected one of it: {value.__name__}()"
+            for name, value in {"criterion": criterion, "loss": loss}.items()
+            if isinstance(value, type)
         ]
         if train_loader is not None and not isinstance(train_loader, Iterable):
             problems.append(f"train_loader: got {type(train_loader).__name__}; expected batches")
@@ -137,8 +142,19 @@ class Evaluator:
         """The loss on a batch, a scalar tensor.
 
         Raises:
-            ConfigError: there is no way to compute it; says what to pass.
+            ConfigError: there is no way to compute it, or it is no scalar; says what to pass.
         """
+        loss = self._loss_of(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a {type(loss).__name__}"
+            got = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else got
+            raise ConfigError(
+                f"the loss on a batch is {got}; expected a tensor of one number, such as its mean "
+                "over the batch"
+            )
+        return loss
+
+    def _loss_of(self, model: nn.Module, batch: Any) -> Tensor:
         if self._loss is not None:
             return self._loss(model, batch)
         if isinstance(batch, Mapping):
@@ -165,6 +181,7 @@ class Evaluator:
         each: Step,
         *,
         backward: bool = False,
+        at_start: bool = False,
         progress: bool = True,
     ) -> None:
         """Run ``limit`` batches through the model in eval mode, and change nothing by it.
@@ -174,9 +191,13 @@ class Evaluator:
             limit: how many batches; None is one pass over all.
             each: called after every batch; with ``backward`` the parameters' ``grad`` is that of
                 the batch's loss then.
+            at_start: of a training: as `measuring`.
             progress: whether a terminal sees a bar.
         """
-        with self.measuring(model), progress_bar("measuring", limit, progress) as advance:
+        with (
+            self.measuring(model, at_start),
+            progress_bar("measuring", limit, progress) as advance,
+        ):
             for batch in self.batches(limit, device_of(model)):
                 if backward:
                     model.zero_grad(set_to_none=True)
@@ -189,12 +210,17 @@ class Evaluator:
                 advance()
 
     @contextmanager
-    def measuring(self, model: nn.Module) -> Iterator[None]:
-        """The model in eval mode; all that a forward or a backward changes is undone at the end."""
+    def measuring(self, model: nn.Module, at_start: bool = False) -> Iterator[None]:
+        """The model in eval mode; all that a forward or a backward changes is undone at the end.
+
+        ``at_start`` of a training batch norms take the statistics of the batch, as their running
+        ones say nothing yet.
+        """
         with (
             eager(),
             differentiable_in_eval(model),
             evaluating(model),
+            batch_statistics(model) if at_start else nullcontext(),
             state_kept(model, values=True),
             gradients_kept(model),
             random_kept(self.train_loader),
@@ -221,6 +247,11 @@ class Evaluator:
         if problem or self.optimizer_factory is None:
             raise ConfigError(f"{type(model).__name__} cannot be trained: {problem}")
         optimizer = self.optimizer_factory([p for p in model.parameters() if p.requires_grad])
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(
+                f"optimizer_factory returned a {type(optimizer).__name__}; expected a "
+                "torch.optim.Optimizer of the parameters that it is called with"
+            )
         total = epochs * len(self.train_loader) if isinstance(self.train_loader, Sized) else None
         with (
             training(model),
@@ -298,6 +329,7 @@ class TrainerEvaluator(Evaluator):
         each: Step,
         *,
         backward: bool = False,
+        at_start: bool = False,
         progress: bool = True,
     ) -> None:
         steps = 0

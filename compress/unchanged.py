@@ -30,6 +30,23 @@ def differentiable_in_eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms take the statistics of the batch, and their modules' modes are as before after.
+
+    Their running statistics are for the caller to restore.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    modes = [(norm, norm.training) for norm in norms]
+    for norm in norms:
+        norm.training = True
+    try:
+        yield
+    finally:
+        for norm, mode in modes:
+            norm.training = mode
+
+
+@contextmanager
 def gradients_kept(model: nn.Module) -> Iterator[None]:
     """Parameters have no gradients inside, and their own ones again after."""
     saved = [(parameter, parameter.grad) for parameter in model.parameters()]

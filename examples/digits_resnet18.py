@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 
 import torch
 import torchvision
 from _data import Images, cifar10, digits, image_folder
+from _train import accuracy, fit, loaders
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
 
 from compress import L1FilterPruner, ModelSpeedup
 from compress.measure import compare, table
@@ -28,9 +26,7 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     data = images(args)
-    batch = min(64, len(data.train))
-    train = DataLoader(data.train, batch_size=batch, shuffle=True, drop_last=True)
-    test = DataLoader(data.test, batch_size=256)
+    train, test = loaders(data, 128 if args.quick else None)
     example = data.test[0][0].unsqueeze(0).to(args.device)
     fine_tuning = (args.epochs + 1) // 2
 
@@ -68,40 +64,6 @@ def resnet18(channels: int, classes: int) -> nn.Module:
     return model
 
 
-def fit(
-    name: str, model: nn.Module, train: DataLoader, test: DataLoader, epochs: int, lr: float
-) -> nn.Module:
-    """SGD with one learning-rate cycle; a line per epoch."""
-    device = next(model.parameters()).device
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(train))
-    start = time.monotonic()
-    for epoch in range(1, epochs + 1):
-        model.train()
-        for inputs, labels in train:
-            loss = F.cross_entropy(model(inputs.to(device)), labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            cycle.step()
-        print(
-            f"{name:12}  epoch {epoch}/{epochs}  loss {loss.item():.3f}  "
-            f"test accuracy {accuracy(model, test):.2%}  {time.monotonic() - start:5.1f} s",
-            flush=True,
-        )
-    return model
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, test: DataLoader) -> float:
-    device = next(model.parameters()).device
-    model.eval()
-    right = [model(x.to(device)).argmax(1).cpu() == labels for x, labels in test]
-    return torch.cat(right).float().mean().item()
-
-
 def reinitialised(model: nn.Module) -> nn.Module:
     """A copy of the same widths with new weights."""
     model = copy.deepcopy(model)
@@ -113,10 +75,8 @@ def reinitialised(model: nn.Module) -> nn.Module:
 
 def images(args: argparse.Namespace) -> Images:
     if args.data == "digits":
-        data = digits()
-    else:
-        data = {"cifar10": cifar10, "folder": image_folder}[args.data](args.data_dir)
-    return data._replace(train=Subset(data.train, range(128))) if args.quick else data
+        return digits()
+    return {"cifar10": cifar10, "folder": image_folder}[args.data](args.data_dir)
 
 
 def arguments() -> argparse.Namespace:

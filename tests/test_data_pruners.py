@@ -243,7 +243,7 @@ def test_dependency_aware_slim_masks_the_filters_and_leaves_excluded_norms() -> 
     assert torch.equal(masks["bn1"]["weight"], masks["bn3"]["weight"])
     assert "hidden" not in masks
     # bn3 may not lose any, so that bn1, which meets it in the addition, may not either.
-    with pytest.warns(UserWarning, match="masks nothing of 'bn1'"):
+    with pytest.warns(UserWarning, match="nothing of 'bn1': it is coupled with 'bn3', not to be"):
         masks = SlimPruner(
             model, [half, {"exclude": True, "op_names": ["bn3"]}], **options
         ).calc_masks()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from compress import ModelSpeedup
+from compress.adapters import LightningEvaluator, TransformersEvaluator
 from compress.errors import CompressError, ConfigError
 from compress.evaluator import Evaluator, TrainerEvaluator, as_evaluator
 from compress.progress import progress_bar
@@ -252,6 +255,10 @@ def test_batches_of_other_kinds() -> None:
     [
         (lambda: Evaluator(iter([1])), "train_loader: got an iterator, which gives its batches on"),
         (lambda: Evaluator([1], 3), "criterion: got int; expected a function"),
+        (
+            lambda: Evaluator([1], nn.MSELoss),
+            "criterion: got the class MSELoss; expected one",
+        ),
         (lambda: as_evaluator(3, None, None, None), "evaluator: got int; expected an Evaluator or"),
         (lambda: as_evaluator(None, 3, None, None), "trainer: got int; expected a function (model"),
         (lambda: as_evaluator(None, None, 3, None), "optimizer: got int; expected a torch.optim"),
@@ -276,6 +283,15 @@ def test_what_is_missing_is_said() -> None:
         Evaluator([{"input": torch.rand(2, 1, 6, 6)}]).measure(
             model, 1, lambda: None, backward=True
         )
+    unreduced = Evaluator(loader(), lambda output, y: F.cross_entropy(output, y, reduction="none"))
+    with pytest.raises(
+        ConfigError, match=r"the loss on a batch is of shape \(4,\); expected a ten"
+    ):
+        unreduced.measure(model, 1, lambda: None, backward=True)
+    with pytest.raises(ConfigError, match="the loss on a batch is a float; expected a tensor of"):
+        Evaluator(loader(), lambda output, y: 0.5).loss(model, next(iter(loader())))
+    with pytest.raises(ConfigError, match="optimizer_factory returned a NoneType; expected a"):
+        Evaluator(loader(), F.cross_entropy, lambda parameters: None).train(model, 1)
     other = torch.optim.SGD(net().parameters(), 0.1)
     lacking = TrainerEvaluator(epoch_of, other, F.cross_entropy).lacks(model)
     assert lacking.startswith("optimizer has none of this model's parameters")
@@ -315,3 +331,42 @@ def test_the_bar_is_for_terminals_and_for_what_takes_long(
     assert run(False) == ""
     monkeypatch.setattr("compress.progress._PATIENCE_S", 60.0)
     assert run(True) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"), [(LightningEvaluator, "lightning"), (TransformersEvaluator, "transformers")]
+)
+def test_an_adapter_whose_library_is_missing(
+    kind: type[Any], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("lightning.pytorch", "pytorch_lightning", "transformers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(CompressError, match=rf"pip install compress-torch\[{extra}\]"):
+        kind(nn.Linear(1, 1))
+
+
+def test_running_sums_that_are_no_buffers_stay() -> None:
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += len(x)
+            return super().forward(x)
+
+    model = Counting(2, 2)
+    model.seen = seen = torch.zeros(())
+    Evaluator([torch.rand(3, 2)]).measure(model, 1, lambda: None)
+    assert model.seen is seen
+    assert model.seen == 0
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_speedup_that_takes_long_has_a_bar(
+    shown: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.progress._PATIENCE_S", -1.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    masks = {"0": {"bias": torch.zeros(6)}}
+    ModelSpeedup(net(), torch.rand(2, 1, 6, 6), masks, progress=shown).speedup_model()
+    assert ("speeding up" in capsys.readouterr().err) is shown

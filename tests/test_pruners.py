@@ -160,6 +160,16 @@ def test_a_language_model_loses_width_heads_and_hidden_units() -> None:
     assert model.down.weight.shape == (8, 10)
 
 
+def test_a_tied_head_says_that_the_embedding_decides_about_it() -> None:
+    tokens = torch.randint(0, 11, (2, 7))
+    config_list = [{"sparsity": 0.5, "op_names": ["head", "gate"]}]
+    options = {"mode": "dependency_aware", "dummy_input": tokens}
+    with pytest.warns(UserWarning) as caught:
+        L1FilterPruner(TinyLanguageModel(), config_list, **options).calc_masks()
+    told = [str(each.message) for each in caught]
+    assert any("'head': it shares its weight with 'embed', which decides" in each for each in told)
+
+
 @pytest.mark.parametrize("pruner", FILTER_PRUNERS)
 def test_every_kind_of_layer_loses_half_of_its_outputs(pruner: type[Pruner]) -> None:
     model = net()

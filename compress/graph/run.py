@@ -69,7 +69,11 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
-    """What a run sets on the modules (caches, counters, with ``values`` buffers) is undone."""
+    """What a run sets on the modules (caches, counters) is undone.
+
+    With ``values`` also what it writes into buffers, and into tensors that are no buffers, such as
+    the running sums of a metric.
+    """
     layouts: dict[tuple[str, ...], tuple[str, ...]] = {}  # modules of one class share their names
     saved: list[tuple[nn.Module, tuple[str, ...], tuple[Any, ...]]] = []
     contents: list[tuple[Any, Any]] = []
@@ -77,7 +81,8 @@ def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
         names = tuple(vars(module))
         saved.append((module, layouts.setdefault(names, names), tuple(vars(module).values())))
         contents += _contents(module)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if values else []
+    plain = [v for _, _, attributes in saved for v in attributes if isinstance(v, torch.Tensor)]
+    tensors = [(t, t.detach().clone()) for t in (*model.buffers(), *plain)] if values else []
     try:
         yield
     finally:
@@ -93,9 +98,9 @@ def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
                 container.clear()
                 container.update(content)
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in tensors:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 def _contents(module: nn.Module) -> Iterator[tuple[Any, Any]]:

@@ -7,6 +7,7 @@ from compress.pruners.activation import (
 )
 from compress.pruners.base import Pruner
 from compress.pruners.data import OBDFilterPruner, TaylorFOWeightFilterPruner
+from compress.pruners.initial import GraSPPruner, SNIPFilterPruner, SNIPPruner
 from compress.pruners.oneshot import (
     FilterPruner,
     FPGMPruner,
@@ -32,6 +33,7 @@ __all__ = [
     "ActivationMeanRankPruner",
     "FPGMPruner",
     "FilterPruner",
+    "GraSPPruner",
     "L1FilterPruner",
     "L1NormPruner",
     "L2FilterPruner",
@@ -42,6 +44,8 @@ __all__ = [
     "OBDFilterPruner",
     "Pruner",
     "RandomFilterPruner",
+    "SNIPFilterPruner",
+    "SNIPPruner",
     "SlimPruner",
     "TaylorFOWeightFilterPruner",
     "TaylorFOWeightPruner",

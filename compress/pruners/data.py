@@ -276,22 +276,44 @@ def _hessian_diagonal(
             (torch.randint(0, 2, g.shape, generator=generator) * 2 - 1).to(g)
             for g in gradients.values()
         ]
-        try:
-            second = torch.autograd.grad(
-                [g for g in gradients.values() if g.requires_grad],
-                [weights[name] for name in gradients],
-                [z for z, g in zip(signs, gradients.values(), strict=True) if g.requires_grad],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,  # 0 where the loss is linear in a weight
-            )
-        except RuntimeError as error:
-            raise CompressError(
-                f"OBDFilterPruner cannot differentiate this model's loss twice: {error}. Use "
-                "TaylorFOWeightFilterPruner, which needs the gradient only"
-            ) from error
+        second = differentiate_again(
+            [g for g in gradients.values() if g.requires_grad],
+            [weights[name] for name in gradients],
+            [z for z, g in zip(signs, gradients.values(), strict=True) if g.requires_grad],
+            who="OBDFilterPruner",
+            instead="TaylorFOWeightFilterPruner",
+        )
         for name, z, value in zip(gradients, signs, second, strict=True):
             yield name, z * value / samples
+
+
+def differentiate_again(
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    *,
+    who: str,
+    instead: str,
+) -> tuple[Tensor, ...]:
+    """H·v over the weights, for gradients that have a graph; 0 where the loss is linear in one.
+
+    Raises:
+        CompressError: the loss has no second derivative; ``instead`` is a pruner that needs none.
+    """
+    try:
+        return torch.autograd.grad(
+            gradients,
+            weights,
+            vectors,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    except RuntimeError as error:
+        raise CompressError(
+            f"{who} cannot differentiate this model's loss twice: {error}. Use {instead}, which "
+            "needs the gradient only"
+        ) from error
 
 
 def is_count(value: object, least: int) -> bool:

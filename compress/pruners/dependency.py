@@ -79,7 +79,7 @@ def coupled_masks(
     gone = _choose(layers, fixed, shares, classes)
     # Under a total sparsity a layer may be left alone because others are worth less.
     able = [x for x in layers if x.group is None or fixed[x.roots].all()]
-    _warn_of_untouched(able, gone, graph)
+    _warn_of_untouched(able, gone, graph, _target_paths(targets))
     keep = {
         layer.name: torch.from_numpy(~gone[layer.roots]).to(scores[layer.name].device)
         for layer in layers
@@ -276,16 +276,45 @@ def _weights_by_share(
     return weights
 
 
-def _warn_of_untouched(layers: list[_Layer], gone: np.ndarray, graph: ChannelGraph) -> None:
-    untouched = [x.name for x in layers if x.budget > 0 and not gone[x.roots].any()]
-    for name in untouched:
-        labels = _units(graph, name, len(_weight(graph, name)))
-        reason = "runs in no way that the graph knows"
-        if labels.any():
-            pinned = labels[graph.root[labels] == graph.root[0]]
-            reason = graph.pin_reason(int(pinned[0])) if len(pinned) else "is coupled with a layer "
-            reason += "" if len(pinned) else "that is not to be pruned, or in too large steps"
-        warnings.warn(f"the pruner masks nothing of {name!r}: it {reason}", stacklevel=2)
+def _warn_of_untouched(
+    layers: list[_Layer], gone: np.ndarray, graph: ChannelGraph, targets: set[str]
+) -> None:
+    for layer in (x for x in layers if x.budget > 0 and not gone[x.roots].any()):
+        labels = _units(graph, layer.name, len(_weight(graph, layer.name)))
+        pinned = labels[graph.root[labels] == graph.root[0]]
+        if shared := _shared_with(graph, layer.name):
+            reason = f"shares its weight with {shared!r}, which decides about both"
+        elif not labels.any():
+            reason = "runs in no way that the graph knows"
+        elif len(pinned):
+            reason = graph.pin_reason(int(pinned[0]))
+        elif others := _coupled_besides(graph, layer.name, targets):
+            reason = f"is coupled with {', '.join(map(repr, others))}, not to be pruned: select "
+            reason += "those, too, if they may shrink with it"
+        else:
+            reason = "is coupled with a layer that is not to be pruned, or in too large steps"
+        warnings.warn(f"the pruner masks nothing of {layer.name!r}: it {reason}", stacklevel=2)
+
+
+def _shared_with(graph: ChannelGraph, name: str) -> str:
+    """The layer under whose name the graph has this one's weight, if that is another."""
+    path, weight = _weight_path(name), _weight(graph, name)
+    leaves = graph.trace.leaves
+    owners = (other for other in leaves if leaves[other].meta["tensor"] is weight)
+    owner = path if path in leaves else next(owners, path)
+    return "" if owner == path else owner.removesuffix(".weight")
+
+
+def _coupled_besides(graph: ChannelGraph, name: str, targets: set[str]) -> list[str]:
+    """What a layer (or a norm) is coupled with of its kind that is no target."""
+    own = _weight_path(name) in graph.layers
+    found = []
+    for other in graph.coupled(name):
+        units = graph.layers.get(_weight_path(other))
+        of_its_kind = own == (units is not None) and not (units is not None and units.follows)
+        if of_its_kind and _weight_path(other) not in targets:
+            found.append(other)
+    return found
 
 
 def _following_masks(

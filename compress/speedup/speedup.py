@@ -17,6 +17,7 @@ from compress.errors import SpeedupError
 from compress.graph.explain import Explanation
 from compress.graph.walk import leaves_of
 from compress.masks import Masks, suspend_masks
+from compress.progress import progress_bar
 from compress.speedup.cut import Cut, Cutter, Options
 from compress.speedup.decide import Limits
 from compress.speedup.optimizer import check_optimizer, slice_optimizer
@@ -53,6 +54,7 @@ class ModelSpeedup:
             The report says how far off the small model is on ``dummy_input``.
         round_to: keep a multiple of so many channels in each layer.
         min_channels: keep at least so many channels in each layer.
+        progress: False is no progress bar; there is none where stderr is no terminal.
 
     ``plan`` (what is done to which parameter) and ``report`` (what goes, what stays and why) may be
     asked before ``speedup_model``, which then carries that plan out; until then the model is as it
@@ -77,6 +79,7 @@ class ModelSpeedup:
         exact: bool = True,
         round_to: int = 1,
         min_channels: int = 1,
+        progress: bool = True,
     ) -> None:
         _check_model(model)
         _check_options(constants, round_to, min_channels)
@@ -88,6 +91,7 @@ class ModelSpeedup:
         self.dummy_input = dummy_input
         self.optimizer = optimizer
         self.verify = verify
+        self.progress = progress
         if not exact and constants == "exact":
             constants = "drop"
         self.options = Options(constants, Limits(round_to, min_channels), bool(exact))
@@ -147,8 +151,12 @@ class ModelSpeedup:
         suspended = suspend_masks(self.model)
         try:
             # The new parameters must be ordinary tensors, wherever the caller is.
-            with _collector_paused(), torch.inference_mode(False):
-                self._shrink(self._all_masks(suspended.masks))
+            with (
+                _collector_paused(),
+                torch.inference_mode(False),
+                progress_bar("speeding up", 3, self.progress) as advance,
+            ):
+                self._shrink(self._all_masks(suspended.masks), advance)
         except BaseException:
             suspended.restore()
             raise
@@ -172,19 +180,18 @@ class ModelSpeedup:
         self._cutter, self._plan = cutter, cut.plan
         self._keep(cut, flat, counts, None, planned=True)
 
-    def _shrink(self, masks: Masks) -> None:
+    def _shrink(self, masks: Masks, advance: Callable[[], None]) -> None:
+        """``advance`` is called after the trace, after the cut and after the comparison."""
         if self.optimizer is not None:
             check_optimizer(self.optimizer, self.model)
         flat, before = self._by_leaf(masks), self._shapes()
-        cutter = self._cutter
-        if cutter is None:
-            cutter = Cutter(self.model, self.dummy_input, flat, self.options)
-        else:
-            cutter.renew(flat)
+        cutter = self._renewed_cutter(flat)
+        advance()
         exact, verifier = self.options.exact and self.options.constants == "exact", None
         if self.verify:
             verifier = Verifier(self.model, self.dummy_input, flat, exact)
         cut = cutter.cut(always_replay=False)
+        advance()
         try:
             if self._plan is not None and not same_plan(self._plan, cut.plan):
                 raise SpeedupError(
@@ -201,6 +208,7 @@ class ModelSpeedup:
                     error, problem = verifier.compare()
                 if problem and (exact or error == float("inf")):
                     cut.undo, error = verifier.accept_or_raise(cut.undo, cut.plan, problem)
+            advance()
             counts = parameter_counts(self.model, before)
             if self.optimizer is not None:
                 slice_optimizer(self.optimizer, self.model, cut.plan, before)
@@ -211,6 +219,13 @@ class ModelSpeedup:
         except BaseException:
             cut.undo()
             raise
+
+    def _renewed_cutter(self, flat: Mapping[str, torch.Tensor]) -> Cutter:
+        """A cutter of the model as it is now; that of the plan, where there is one."""
+        if self._cutter is None:
+            return Cutter(self.model, self.dummy_input, flat, self.options)
+        self._cutter.renew(flat)
+        return self._cutter
 
     def _keep(
         self,
