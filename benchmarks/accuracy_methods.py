@@ -169,12 +169,17 @@ WEIGHTS: dict[str, tuple[type[Pruner], str]] = {
     "Wanda, linear layers": (pruners.WandaPruner, "balanced"),
 }
 PEER = "Torch-Pruning"
+SCRATCH = "From scratch"
 PEERS = ("L1", "Taylor", "Slim", "Random")
 ONE_RANKING = ("global", "isomorphic", "dependency_aware, one ranking")
 
 
 def all_methods() -> list[Method]:
-    found = [Method("Dense", "as trained", "baselines"), Method("From scratch", "", "baselines")]
+    """Every method, named as in the results."""
+    found = [
+        Method("Dense", "as trained", "baselines"),
+        Method(SCRATCH, "small network", "baselines"),
+    ]
     for name in FILTERS:
         found += [Method(name, "normal"), Method(name, "normal", equal_cost=True)]
         found.append(Method(name, "dependency_aware"))
@@ -243,13 +248,13 @@ class Trial:
             "nonzero": nonzero(model), "mult_adds": self.mult_adds(shapes(model)),
         }  # fmt: skip
 
-    def baseline(self, method: Method, sparsity: float) -> tuple[nn.Module, float]:
+    def baseline(self, method: Method, sparsity: float) -> tuple[nn.Module, float | None]:
         if method.criterion == "Dense":
             return self.dense, self.accuracy(self.dense)
         small = self.cut(Method("Random", "dependency_aware"), sparsity)
         small = reinitialised(small, self.seed)
         epochs = self.settings.dense_epochs + self.settings.tuning_epochs
-        return self.train(small, epochs), float("nan")
+        return self.train(small, epochs), None
 
     # -- compress
 
@@ -327,7 +332,7 @@ class Trial:
         return self.mult_adds(found)
 
     def mult_adds(self, found: dict[str, tuple[int, ...]]) -> int:
-        """Multiply-adds of one image in convolutions and linear layers, by their weights' shapes."""
+        """Of one image in convolutions and linear layers, by the shapes of their weights."""
         return sum(math.prod(shape) * self.positions[path] for path, shape in found.items())
 
     # -- the peer
