@@ -145,7 +145,7 @@ def test_it_measures_only_what_is_missing_and_reports(tmp_path):
     path.write_text(json.dumps(found))
     done = run(*arguments, "--pruners", "Dense", "LAMP")
     assert done.returncode == 0, done.stderr
-    assert [r["accuracy"] for r in json.loads(path.read_text())["records"]][0] == 0.123
+    assert next(r["accuracy"] for r in json.loads(path.read_text())["records"]) == 0.123
     assert "| LAMP, global |" in path.with_suffix(".md").read_text()
     assert path.with_suffix(".png").stat().st_size > 10_000
 
