@@ -26,13 +26,15 @@ from compress.pruners.data import DataPruner
 
 Record = dict[str, Any]
 
+STEPS = 9  # of the search for a sparsity
+
 
 @dataclass(frozen=True)
 class Settings:
     """What all methods share. Sparsities times widths are whole, so that no tool rounds."""
 
     widths: tuple[int, int, int] = (20, 40, 80)
-    dense_epochs: int = 20
+    dense_epochs: int = 12
     tuning_epochs: int = 2
     batch: int = 16
     test_share: float = 0.3
@@ -86,16 +88,14 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Two residual blocks in each of three stages, and a hidden layer, for images (1, 8, 8)."""
+    """A residual block in each of three stages, and a hidden layer, for images (1, 8, 8)."""
 
     def __init__(self, widths: tuple[int, int, int]) -> None:
         super().__init__()
         first, second, third = widths
         self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False))
         self.stem.append(nn.BatchNorm2d(first)).append(nn.ReLU())
-        inputs = (first, first, first, second, second, third)
-        outputs = (first, first, second, second, third, third)
-        self.blocks = nn.Sequential(*map(Block, inputs, outputs))
+        self.blocks = nn.Sequential(*map(Block, (first, first, second), widths))
         self.hidden = nn.Sequential(nn.Linear(third, second), nn.BatchNorm1d(second), nn.ReLU())
         self.head = nn.Linear(second, 10)
 
@@ -171,7 +171,8 @@ WEIGHTS: dict[str, tuple[type[Pruner], str]] = {
 PEER = "Torch-Pruning"
 SCRATCH = "From scratch"
 PEERS = ("L1", "Taylor", "Slim", "Random")
-ONE_RANKING = ("global", "isomorphic", "dependency_aware, one ranking")
+COUPLED_RANKINGS = ("dependency_aware, one ranking", "isomorphic")
+ONE_RANKING = ("global", *COUPLED_RANKINGS)
 
 
 def all_methods() -> list[Method]:
@@ -184,7 +185,8 @@ def all_methods() -> list[Method]:
         found += [Method(name, "normal"), Method(name, "normal", equal_cost=True)]
         found.append(Method(name, "dependency_aware"))
         if name in RANKED:
-            found += [Method(name, mode, equal_cost=True) for mode in ONE_RANKING]
+            found += [Method(name, mode, equal_cost=True) for mode in COUPLED_RANKINGS]
+            found.append(Method(name, "global", equal_cost=True))
         if name in PEERS:
             found.append(Method(name, "local", tool=PEER))
         if name in RANKED:
@@ -314,7 +316,9 @@ class Trial:
         if sparsity not in self._budgets:
             uniform = Method("L1", "dependency_aware")
             self._budgets[sparsity] = self.cost(uniform, sparsity)
-        return no_less(lambda s: self.cost(method, s), self._budgets[sparsity])
+        # Layer by layer, masks of the same sparsity leave more of the network.
+        least = sparsity if method.mode == "normal" else 0.0
+        return no_less(lambda s: self.cost(method, s), self._budgets[sparsity], least)
 
     def cost(self, method: Method, sparsity: float) -> int | None:
         """Mult-adds that would be left; None where the pruner cannot mask so much."""
@@ -418,20 +422,21 @@ def nonzero(model: nn.Module) -> int:
 
 
 def no_less(
-    cost: Callable[[float], int | None], target: int, tolerance: float = 0.01, steps: int = 8
+    cost: Callable[[float], int | None], target: int, low: float = 0.0, tolerance: float = 0.02
 ) -> float:
     """The highest sparsity that leaves at least ``target``, by bisection; cost falls with sparsity.
 
-    None is for a sparsity that cannot be reached. Ends where the cost is within ``tolerance``.
+    None is for a sparsity that cannot be reached, and so is a cost that rises: a tool that skips
+    layers which would vanish. ``low`` leaves enough. Ends within ``tolerance`` of the target.
     """
-    low, high = 0.0, 1.0
-    for _ in range(steps):
+    high, lowest = 1.0, math.inf
+    for _ in range(STEPS):
         middle = (low + high) / 2
         found = cost(middle)
-        if found is None or found < target:
+        if found is None or not target <= found <= lowest:
             high = middle
             continue
-        low = middle
+        low, lowest = middle, found
         if found <= (1 + tolerance) * target:
             break
     return low
