@@ -24,7 +24,6 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 from accuracy_methods import Method, Record, Settings, Trial, all_methods
@@ -49,22 +48,17 @@ class Results:
             "machine": machine(),
         }
         self.records: dict[tuple[int, str, float], Record] = {}
+        self.different: list[str] = []  # what of the file's is not as it is now
         self._lock = Lock()
         if path.exists():
             self._read()
 
     def _read(self) -> None:
         stored = json.loads(self.path.read_text())
-        records = stored.pop("records")
-        different = [key for key in ("settings", "versions") if stored[key] != self.made[key]]
-        if records and different:
-            sys.exit(
-                f"{self.path}: its {' and '.join(different)} are not those of this run, which "
-                "cannot be compared; remove it, or give another file with --json"
-            )
-        self.made = stored
-        for record in records:
+        for record in stored.pop("records"):
             self.records[record["seed"], record["method"], record["sparsity"]] = record
+        self.different = [k for k in ("settings", "versions") if stored[k] != self.made[k]]
+        self.made = stored
 
     def add(self, record: Record) -> None:
         with self._lock:
@@ -125,6 +119,24 @@ def measure(seed: int, wanted: list[Cell], results: Results) -> str:
         return f"seed {seed}: {(lines or ['no message'])[-1]}"
 
 
+def measure_missing(args: argparse.Namespace, results: Results) -> list[str]:
+    """Measure what was asked for and is not in the results; what failed, a line for each seed."""
+    if results.different:
+        sys.exit(
+            f"{args.json}: its {' and '.join(results.different)} are not those of this run, "
+            "which cannot be compared; remove it, or give another file with --json"
+        )
+    asked = cells(chosen(args.pruners), args.sparsities)
+    wanted = {
+        seed: [cell for cell in asked if (seed, *cell) not in results.records]
+        for seed in range(args.seeds)
+    }
+    seeds = [seed for seed, some in wanted.items() if some]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        ended = pool.map(lambda seed: measure(seed, wanted[seed], results), seeds)
+        return [failure for failure in ended if failure]
+
+
 def brief(record: Record) -> str:
     return (
         f"seed {record['seed']:2}  {record['sparsity']:4.0%}  {record['accuracy']:7.2%}  "
@@ -162,17 +174,7 @@ def main() -> None:
         child(args.child)
         return
     results = Results(args.json, QUICK if args.quick else Settings())
-    failures: list[Any] = []
-    if not args.report:
-        asked = cells(chosen(args.pruners), args.sparsities)
-        wanted = {
-            s: [c for c in asked if (s, *c) not in results.records] for s in range(args.seeds)
-        }
-        wanted = {seed: some for seed, some in wanted.items() if some}
-        with ThreadPoolExecutor(args.jobs) as pool:
-            failures = [
-                *filter(None, pool.map(lambda s: measure(s, wanted[s], results), wanted)),
-            ]
+    failures = [] if args.report else measure_missing(args, results)
     if not results.records:
         sys.exit("\n".join(failures) or f"{args.json}: nothing has been measured")
     write_report(results.made, list(results.records.values()), args.json)

@@ -56,6 +56,7 @@ class Table:
         for record in records:
             key = record["method"], record["sparsity"]
             self._records.setdefault(key, {})[record["seed"]] = record
+        self.seeds = {seed for some in self._records.values() for seed in some}
         self.sparsities = sorted({sparsity for _, sparsity in self._records if sparsity > 0})
 
     def values(self, method: Method | str, sparsity: float, field: str = "accuracy") -> Values:
@@ -85,10 +86,9 @@ def markdown(made: Mapping[str, Any], table: Table) -> str:
 
 def conditions(made: Mapping[str, Any], table: Table) -> str:
     settings = made["settings"]
-    seeds = len({seed for _, some in table._records.items() for seed in some})
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     return (
-        f"{seeds} seeds; residual network of widths {settings['widths']} on 8×8 digits, "
+        f"{len(table.seeds)} seeds; residual network of widths {settings['widths']} on 8×8 digits, "
         f"{settings['dense_epochs']} epochs dense, {settings['tuning_epochs']} of fine-tuning in "
         f"batches of {settings['batch']}; {settings['test_share']:.0%} of the images are the "
         f"test. {made['machine']}; {versions}. Differences are in points of accuracy, paired by "

@@ -1,5 +1,6 @@
 """The accuracy benchmark: that it runs and goes on, and that its statistics are right."""
 
+import inspect
 import json
 import math
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from accuracy_methods import FILTERS, Method, Settings, Trial, all_methods, no_less, shapes
+from accuracy_methods import FILTERS, WEIGHTS, Method, Settings, Trial, all_methods, no_less, shapes
 from accuracy_report import Table, comparisons, difference, paired, spread
+
+from compress import pruners
 
 ROOT = Path(__file__).parents[1]
 TINY = Settings(widths=(10, 20, 20), dense_epochs=1, batch=64, batches_measured=1)
@@ -107,15 +110,11 @@ def test_a_method_at_equal_cost_keeps_no_less_than_the_groups_do():
     assert alone["asked"] > 0.5
 
 
-def test_all_criteria_are_compared():
-    import compress.pruners
-
-    known = {kind for kind in vars(compress.pruners).values() if isinstance(kind, type)}
-    filters = {kind for kind in known if hasattr(kind, "granularity")}
-    compared = set(FILTERS.values())
-    assert {kind.__name__ for kind in filters if kind.granularity != "single weights"} - {
-        kind.__name__ for kind in compared
-    } == {"Pruner", "FilterPruner"} & {kind.__name__ for kind in filters}
+def test_all_pruners_are_compared():
+    kinds = {kind for kind in vars(pruners).values() if isinstance(kind, type)}
+    concrete = {kind for kind in kinds if not inspect.isabstract(kind)}
+    compared = {*FILTERS.values(), *(kind for kind, _ in WEIGHTS.values())}
+    assert {kind.__name__ for kind in concrete} == {kind.__name__ for kind in compared}
 
 
 # -- the script ----------------------------------------------------------------------------
