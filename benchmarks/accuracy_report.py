@@ -213,15 +213,15 @@ def plot(table: Table, path: Path) -> None:
     from matplotlib import pyplot
 
     panels = plotted()
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(15, 5.2), sharey=True)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(15, 5.2))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for number, (name, method, style) in enumerate(lines):
-            draw(axis, table, name, method, style, shift=(number - len(lines) / 2) * 0.003)
+            draw(axis, table, name, method, style, shift=(number - (len(lines) - 1) / 2) * 0.004)
         dense = table.values("Dense, as trained", 0.0)
         if dense:
             axis.axhline(100 * statistics.fmean(dense.values()), color="0.6", lw=1, label="dense")
         axis.set_title(title)
-        axis.set_xlabel("sparsity of the channels")
+        axis.set_xlabel("sparsity of the channels (points are moved apart)")
         axis.set_xticks(table.sparsities, [f"{each:.0%}" for each in table.sparsities])
         axis.grid(axis="y", color="0.9")
         axis.legend(fontsize=8, loc="lower left")
