@@ -28,7 +28,7 @@ from threading import Lock
 import torch
 from accuracy_methods import Method, Record, Settings, Trial, all_methods
 from accuracy_report import write_report
-from speedup_time import commit, machine
+from provenance import commit, machine
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch-pruning", "torch", "scikit-learn", "numpy")
@@ -101,22 +101,20 @@ def measure(seed: int, wanted: list[Cell], results: Results) -> str:
     command = [sys.executable, __file__, "--child", str(seed)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-        )  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None
-        json.dump({"settings": results.made["settings"], "cells": wanted}, process.stdin)
-        process.stdin.close()
-        for line in process.stdout:
-            record = json.loads(line) | {"commit": commit()}
-            results.add(record)
-            print(brief(record), flush=True)
-        if process.wait() == 0:
-            return ""
+        ) as process:  # fmt: skip
+            assert process.stdin is not None and process.stdout is not None
+            json.dump({"settings": results.made["settings"], "cells": wanted}, process.stdin)
+            process.stdin.close()
+            for line in process.stdout:
+                record = json.loads(line) | {"commit": commit()}
+                results.add(record)
+                print(brief(record), flush=True)
         errors.seek(0)
-        lines = errors.read().strip().splitlines()
-        return f"seed {seed}: {(lines or ['no message'])[-1]}"
+        lines = errors.read().strip().splitlines() or ["no message"]
+        return f"seed {seed}: {lines[-1]}" if process.returncode else ""
 
 
 def measure_missing(args: argparse.Namespace, results: Results) -> list[str]:

@@ -3,10 +3,10 @@
 import inspect
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+import accuracy
 import pytest
 from accuracy_methods import FILTERS, WEIGHTS, Method, Settings, Trial, all_methods, no_less, shapes
 from accuracy_report import Table, comparisons, difference, paired, spread
@@ -120,44 +120,46 @@ def test_all_pruners_are_compared():
 # -- the script ----------------------------------------------------------------------------
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks/accuracy.py"), "--quick", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the tests run without an install, too
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def test_it_measures_only_what_is_missing_and_reports(tmp_path):
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """The script with arguments, in this process; it measures in one of its own."""
     pytest.importorskip("torch_pruning")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the tests run without an install, too
+
+    def start(*arguments):
+        given = ["--quick", "--seeds", "1", "--json", str(tmp_path / "found.json"), *arguments]
+        monkeypatch.setattr(sys, "argv", ["accuracy.py", *given])
+        accuracy.main()
+
+    return start
+
+
+def test_it_measures_only_what_is_missing_and_reports(run, tmp_path):
     path = tmp_path / "found.json"
-    arguments = ("--seeds", "1", "--sparsities", "0.5", "--json", str(path))
-    done = run(*arguments, "--pruners", "Dense", "Level")
-    assert done.returncode == 0, done.stderr
+    run("--sparsities", "0.5", "--pruners", "Dense", "Level")
     found = json.loads(path.read_text())
     assert [r["method"] for r in found["records"]] == ["Dense, as trained", "Level, normal"]
     assert set(found["records"][0]) >= {"seed", "commit", "accuracy", "parameters", "mult_adds"}
     assert found["settings"]["tuning_epochs"] == 2 and "torch" in found["versions"]
-
-    found["records"][0]["accuracy"] = 0.123  # would be lost if it were measured again
-    path.write_text(json.dumps(found))
-    done = run(*arguments, "--pruners", "Dense", "LAMP")
-    assert done.returncode == 0, done.stderr
-    assert next(r["accuracy"] for r in json.loads(path.read_text())["records"]) == 0.123
-    assert "| LAMP, global |" in path.with_suffix(".md").read_text()
+    assert "| Level, normal |" in path.with_suffix(".md").read_text()
     assert path.with_suffix(".png").stat().st_size > 10_000
 
+    kept = found["records"][0] | {"accuracy": 0.123}  # would be lost if it were measured again
+    path.write_text(json.dumps(found | {"records": [kept]}))
+    run("--sparsities", "0.5", "--pruners", "Dense")
+    assert json.loads(path.read_text())["records"] == [kept]
 
-def test_it_refuses_what_it_cannot_compare_or_does_not_know(tmp_path):
-    pytest.importorskip("torch_pruning")
-    path = tmp_path / "found.json"
+
+def test_it_refuses_what_it_cannot_compare_or_does_not_know(run, tmp_path):
+    with pytest.raises(SystemExit, match="no such pruner: L3; there are Dense, From scratch, L1"):
+        run("--pruners", "L3")
     made = {"settings": {}, "versions": {}, "machine": "", "records": [record(0, "x", 0.5)]}
-    path.write_text(json.dumps(made))
-    done = run("--json", str(path))
-    assert done.returncode != 0
-    assert "its settings and versions are not those of this run" in done.stderr
-    done = run("--json", str(tmp_path / "other.json"), "--pruners", "L3")
-    assert "no such pruner: L3; there are Dense, From scratch, L1" in done.stderr
+    (tmp_path / "found.json").write_text(json.dumps(made))
+    with pytest.raises(SystemExit, match="its settings and versions are not those of this run"):
+        run()
+
+
+def test_a_process_that_fails_says_why(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "QUICK", Settings(widths=(0, 0, 0), dense_epochs=1))
+    with pytest.raises(SystemExit, match=r"seed 0: \w*Error: "):
+        run("--pruners", "Dense")
