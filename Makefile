@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test lint bench zoo clean
+.PHONY: demo test lint bench zoo accuracy clean
 
 # Where other work shares the cores, threads that spin while they wait make training 5 times slower.
 demo: $(STAMP)
@@ -27,6 +27,11 @@ bench: $(STAMP)
 zoo: $(STAMP)
 	$(BIN)/pip install --quiet -e ".[zoo]"
 	$(BIN)/python benchmarks/zoo.py $(ARGS)
+
+# ARGS="--seeds 20 --pruners L1 Taylor"; a run that was stopped goes on where it was.
+accuracy: $(STAMP)
+	$(BIN)/pip install --quiet -e ".[bench]"
+	$(BIN)/python benchmarks/accuracy.py --jobs $(JOBS) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

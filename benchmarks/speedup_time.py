@@ -20,7 +20,6 @@ import datetime
 import gc
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ from typing import Any
 
 import torch
 import torchvision
+from provenance import commit, machine
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
@@ -216,20 +216,6 @@ def markdown(record: dict[str, Any]) -> str:
         + f"; {record['date']}."
     )
     return "\n".join([*lines, "", conditions, ""])
-
-
-def machine() -> str:
-    info = Path("/proc/cpuinfo").read_text()
-    found = re.search(r"model name\s*: (.*)", info)
-    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """Which version of this repository ran, "-dirty" when it had changes."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 def arguments() -> argparse.Namespace:

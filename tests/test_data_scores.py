@@ -110,23 +110,55 @@ def correlation(left: Tensor, right: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([ranks(left), ranks(right)]))[0, 1])
 
 
+def without_magnitudes(model: Any) -> Any:
+    """Computes the same, and the norm of a hidden unit's weights says nothing of what it is worth.
+
+    ReLU lets a factor through, so that each unit can be larger and what reads it smaller.
+    """
+    factor = torch.logspace(-1, 1, 20)[
+        torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    ]
+    with torch.no_grad():
+        model.hidden.weight *= factor[:, None]
+        model.hidden.bias *= factor
+        model.fc.weight /= factor
+    return model
+
+
+def loss_without_each(model: Any, layer: nn.Module) -> Tensor:
+    """(units,), the squared changes of the loss, summed over 8 batches, as each filter is 0."""
+    data, truth = batches()[:8], []
+    with torch.no_grad():
+        dense = [F.cross_entropy(model(x), y) for x, y in data]
+        for unit in range(len(layer.weight)):
+            saved = layer.weight[unit].clone()
+            layer.weight[unit] = 0
+            changed = [F.cross_entropy(model(x), y) for x, y in data]
+            truth.append(sum((a - b) ** 2 for a, b in zip(changed, dense, strict=True)))
+            layer.weight[unit] = saved
+    return torch.stack(truth)
+
+
+HIDDEN = [{"sparsity": 0.5, "op_names": ["hidden"]}]
+
+
 @pytest.mark.parametrize("kind", [TaylorFOWeightFilterPruner, OBDFilterPruner])
 def test_taylor_ranks_filters_as_leaving_them_out_does(kind: type[Any]) -> None:
     model = trained().eval()
-    data = batches()[:8]
-    pruner = kind(model, [{"sparsity": 0.5, "op_names": ["hidden"]}], evaluator(8))
+    pruner = kind(model, HIDDEN, evaluator(8))
     pruner.calc_masks()
     scores = pruner.score(Layer("hidden", model.hidden, model.hidden.weight))
-    truth = []
-    with torch.no_grad():
-        dense = [F.cross_entropy(model(x), y) for x, y in data]
-        for unit in range(len(scores)):
-            saved = model.hidden.weight[unit].clone()
-            model.hidden.weight[unit] = 0
-            changed = [F.cross_entropy(model(x), y) for x, y in data]
-            truth.append(sum((a - b) ** 2 for a, b in zip(changed, dense, strict=True)))
-            model.hidden.weight[unit] = saved
-    assert correlation(scores, torch.stack(truth)) > 0.7
+    assert correlation(scores, loss_without_each(model, model.hidden)) > 0.8
+
+
+def test_taylor_ranks_them_so_where_norms_mislead() -> None:
+    model = without_magnitudes(trained().eval())
+    layer = Layer("hidden", model.hidden, model.hidden.weight)
+    pruner = TaylorFOWeightFilterPruner(model, HIDDEN, evaluator(8))
+    pruner.calc_masks()
+    truth = loss_without_each(model, model.hidden)
+    assert correlation(pruner.score(layer), truth) > 0.8
+    assert correlation(L1FilterPruner(model, HIDDEN).score(layer), truth) < 0.4
 
 
 def test_taylor_by_hand_over_batches() -> None:
