@@ -25,7 +25,7 @@ from compress.speedup.decide import Decision
 from compress.speedup.plan import Attribute
 from compress.speedup.replay import Mismatch, expected_shape
 
-PartsOf = Callable[[fx.Node, int], "Labels | None"]
+PartsOf = Callable[[fx.Node, fx.Node, int], "Labels | None"]
 
 _REASON = "has its size as a number in the code"
 
@@ -83,7 +83,8 @@ class Follower:
     def answer(self, decision: Decision, mismatch: Mismatch) -> None:
         """Change what is set, or what may go, so that the next try gets further."""
         node, reason = mismatch.node, f"{_REASON} ({mismatch.got})"
-        if self._equalise_all(node, self._split) or self._set_more(decision, mismatch):
+        split = partial(self._split, decision)
+        if self._equalise_all(node, split) or self._set_more(decision, mismatch):
             return
         if not mismatch.numbers and self._equalise_all(node, self._given):
             return
@@ -220,14 +221,14 @@ class Follower:
     def _equalise_size_reads(self, node: fx.Node, parts_of: PartsOf) -> bool:
         """Where a size that the module read off a tensor is given to this call: equally many.
 
-        ``parts_of(node, size)``: (parts, size), the labels that the call counts as ``size``.
+        ``parts_of(node, read, axis)``: (parts, size), what the call counts as that axis.
         """
         for read, where in self.graph.trace.size_reads:
             if where != node.meta["module"] or read is node or not _one_shape(read):
                 continue
-            for axis, size in enumerate(read.meta["shape"]):
+            for axis in range(len(read.meta["shape"])):
                 key, one = (("", str(axis)), read, node), self.graph.axis(read, axis)
-                parts = parts_of(node, size)
+                parts = parts_of(node, read, axis)
                 if one is None or parts is None or key in self._coupled:
                     continue
                 self._coupled.add(key)
@@ -237,14 +238,17 @@ class Follower:
                     return True
         return False
 
-    def _given(self, node: fx.Node, size: int) -> Labels | None:
+    def _given(self, node: fx.Node, read: fx.Node, axis: int) -> Labels | None:
         """``b, n, c = x.shape`` and later ``y.reshape(b, n, c)``: y's features are x's."""
-        axis = self._counted_axis(node, size)
-        return None if axis is None else axis[None]
+        counted = self._counted_axis(node, read.meta["shape"][axis])
+        return None if counted is None else counted[None]
 
-    def _split(self, node: fx.Node, size: int) -> Labels | None:
+    def _split(self, decision: Decision, node: fx.Node, read: fx.Node, axis: int) -> Labels | None:
         """``qkv.reshape(b, n, 3, heads, c // heads)``: each third of the features are as x's."""
-        if node.meta["name"] not in ("view", "reshape") or size == 1:
+        size = read.meta["shape"][axis]
+        if node.meta["name"] not in ("view", "reshape"):
+            return None
+        if expected_shape(decision, read)[axis] == size:  # then it is not what went wrong
             return None
         source, shape = Call(node).first, node.meta["shape"]
         for left, right in regroup(source.meta["shape"], shape):
