@@ -26,6 +26,9 @@ from compress.pruners.data import DataPruner
 
 Record = dict[str, Any]
 
+# One ranking may leave a layer one channel, through which all must pass. Torch-Pruning leaves layers
+# that would vanish whole, by default; ours need to be told.
+MOST_PER_LAYER = 0.9
 STEPS = 9  # of the search for a sparsity
 
 
@@ -269,8 +272,12 @@ class Trial:
     def pruner(self, method: Method, model: nn.Module, sparsity: float) -> Pruner:
         kind, options = FILTERS[method.criterion], self.options(FILTERS[method.criterion])
         mode = method.mode.partition(",")[0]
-        key = "total_sparsity" if method.mode in ONE_RANKING else "sparsity_per_layer"
-        config_list = [{key: sparsity, "op_types": ["default"]}]
+        config_list: list[dict[str, Any]] = [{"op_types": ["default"]}]
+        if method.mode in ONE_RANKING:
+            limits = {"total_sparsity": sparsity, "max_sparsity_per_layer": MOST_PER_LAYER}
+            config_list[0] |= limits
+        else:
+            config_list[0]["sparsity_per_layer"] = sparsity
         if kind is not pruners.SlimPruner:  # the head has no norm
             config_list.append({"exclude": True, "op_names": ["head"]})
         if mode in ("dependency_aware", "isomorphic"):
