@@ -65,7 +65,11 @@ def test_monotone_schedules_never_fall(kind: type[Schedule]) -> None:
 def test_what_is_no_schedule() -> None:
     with pytest.raises(ConfigError) as error:
         Cubic(1.0, -0.1, begin=-1, changes=2, frequency=0)
-    for part in ("final: got 1.0; expected a number in [0, 1)", "initial: got -0.1", "begin: got -1"):
+    for part in (
+        "final: got 1.0; expected a number in [0, 1)",
+        "initial: got -0.1",
+        "begin: got -1",
+    ):
         assert part in str(error.value)
     assert "frequency: got 0; expected a whole number ≥ 1" in str(error.value)
     with pytest.raises(ConfigError, match=r"initial: got 0.6, above final=0.5"):
