@@ -90,6 +90,7 @@ def main(folder: Path, mode: str, kills: int) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # a fork has no other threads
     for mode in MODES:
         own = Path(sys.argv[1]) / mode
         own.mkdir()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from compress.distributed import broadcast_masks
 from compress.errors import ConfigError, closest
 from compress.evaluator import Evaluator
 from compress.masks import Masks, applied_masks, raw_parameter, suspend_masks
@@ -119,6 +120,8 @@ class Remasker:
     def mask(self, step: int) -> Masks:
         """Mask the model, in place, to the sparsities of ``step``; returns all masks on it.
 
+        Of several processes that train together all have to call it; they get the first one's.
+
         Raises:
             ConfigError, MaskError: as the one-shot pruner; the model is as it was.
         """
@@ -134,7 +137,7 @@ class Remasker:
             suspend_masks(self.model)
             self.first.apply(self.model)
         self.step = step
-        return applied_masks(self.model)
+        return broadcast_masks(self.model)
 
     def final(self) -> Masks:
         """What the final sparsities mask of the present weights; nothing is touched."""

@@ -13,7 +13,7 @@ from compress.errors import CompressError, ConfigError
 from compress.pruners.base import Pruner
 from compress.pruners.data import is_count
 from compress.schedule.iterative import IterativePruner
-from compress.schedule.state import put_values, values_of
+from compress.unchanged import put_values, values_of
 
 REWINDS = ("weights", "learning_rate")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from compress.distributed import gathered, process_count, process_rank, wait_for_all
 from compress.errors import ConfigError
 from compress.evaluator import Evaluator
 from compress.masks import Masks, applied_masks, suspend_masks
@@ -17,17 +18,16 @@ from compress.pruners.export import MaskedModel
 from compress.schedule.bases import Remasker
 from compress.schedule.state import (
     described,
-    put_values,
     random_state,
     read_state,
     set_random_state,
     structure,
-    values_of,
     write_state,
 )
 from compress.speedup import ModelSpeedup
 from compress.speedup.plan import Plan
 from compress.speedup.surgery import apply_plan
+from compress.unchanged import put_values, values_of
 
 
 class ResumablePruner(MaskedModel):
@@ -36,6 +36,7 @@ class ResumablePruner(MaskedModel):
     The file holds weights, buffers, masks, the shrinking so far, optimizer, learning-rate schedule
     and random state. Started again with the same arguments, the pruner goes on from there and ends
     with the same masks, bit for bit, as far as the user's training is the same from the same state.
+    Of several processes the first writes the file, with the random state of all.
     A file of another model, config_list, arguments or seed (that of ``torch.manual_seed`` when the
     pruner was made) is refused.
     """
@@ -101,14 +102,18 @@ class ResumablePruner(MaskedModel):
         if self.state is None:
             return
         saved = read_state(self.state, self._key)
+        wait_for_all()  # the first process writes when all have looked
         if saved is None:
             self._save()
         else:
             self._restore(saved)
 
     def _save(self) -> None:
-        if self.state is not None and _is_first_process():
-            write_state(self.state, self._key, self._contents())
+        if self.state is not None:
+            contents = self._contents()
+            if process_rank() == 0:
+                write_state(self.state, self._key, contents)
+            wait_for_all()
 
     def _contents(self) -> dict[str, Any]:
         """All that going on needs, of the types that `write_state` takes."""
@@ -121,7 +126,7 @@ class ResumablePruner(MaskedModel):
             "masks": {path: dict(entries) for path, entries in applied_masks(self.model).items()},
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
-            "random": random_state(loader),
+            "random": gathered(random_state(loader)),
         }
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
@@ -134,20 +139,12 @@ class ResumablePruner(MaskedModel):
             self.optimizer.load_state_dict(saved["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(saved["lr_scheduler"])
-        set_random_state(
-            saved["random"], None if self.evaluator is None else self.evaluator.train_loader
-        )
+        if len(saved["random"]) == process_count():
+            loader = None if self.evaluator is None else self.evaluator.train_loader
+            set_random_state(saved["random"][process_rank()], loader)
         self._plans, self.step = saved["plans"], saved["step"]
         self._masks = applied_masks(self.model)
         self._remasker.step = saved["masked"]
-
-
-def _is_first_process() -> bool:
-    """Whether this process is the one of several that writes files."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or (
-        distributed.get_rank() == 0
-    )
 
 
 def _type_problems(model: Any, arguments: Mapping[str, Any]) -> list[str]:

@@ -119,20 +119,6 @@ def structure(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers, by plain path; what is under masks, too."""
-    with suspend_masks(model):
-        return {path: tensor.detach().clone() for path, tensor, _ in leaves_of(model)}
-
-
-def put_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give parameters and buffers the values of `values_of`, in place."""
-    with suspend_masks(model), torch.no_grad():
-        for path, tensor, _ in leaves_of(model):
-            if path in values:
-                tensor.copy_(values[path])
-
-
 def random_state(loader: Any) -> dict[str, Any]:
     """The state of the random numbers of torch, numpy, Python, and a loader's own generators."""
     version, words, gauss = random.getstate()
