@@ -25,8 +25,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,17 @@ BATCH = 64
 
 
 class Digits(nn.Module):
-    """conv-norm-relu three times, pooled, and a linear layer."""
+    """conv-norm-relu three times, pooled, and a linear layer; ``width`` need not be whole."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: float) -> None:
         super().__init__()
-        widths = (1, width, 2 * width, 2 * width)
+        widths = (1, *(max(1, round(share * width)) for share in (1, 2, 2)))
         self.layers = nn.Sequential()
         for before, after in pairwise(widths):
             self.layers.append(nn.Conv2d(before, after, 3, padding=1, bias=False))
             self.layers.append(nn.BatchNorm2d(after))
             self.layers.append(nn.ReLU())
-        self.fc = nn.Linear(2 * width, 10)
+        self.fc = nn.Linear(widths[-1], 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(F.adaptive_avg_pool2d(self.layers(x), 1).flatten(1))
@@ -121,9 +121,9 @@ def left(model: nn.Module, masks: Any = None) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) - gone
 
 
-def width_for(parameters: int) -> int:
-    """The width of the dense network that has nearest to so many parameters, at least as many."""
-    return next(width for width in range(1, 200) if left(Digits(width)) >= parameters)
+def width_for(parameters: int) -> float:
+    """The width of the smallest dense network that has at least so many parameters."""
+    return next(w / 20 for w in range(10, 2000) if left(Digits(w / 20)) >= parameters)
 
 
 def sparse(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -251,62 +251,62 @@ def table(columns: str, rows: list[str]) -> list[str]:
     return [f"| {columns} |", f"| {rule} |", *(f"| {row} |" for row in rows), ""]
 
 
-def markdown(record: dict[str, Any]) -> str:
-    raw, lines = record["raw"], ["# Schedules", ""]
-    if "sparse" in raw:
-        lines += ["## Large and sparse (AGP) beside small and dense", ""]
-        rows = []
-        for sparsity in dict.fromkeys(row["sparsity"] for row in raw["sparse"]):
-            found = [row for row in raw["sparse"] if row["sparsity"] == sparsity]
-            means = [
-                statistics.mean(row[key] for row in found)
-                for key in ("large_sparse", "small_dense", "parameters_sparse", "parameters_dense")
-            ]
-            difference = paired([row["large_sparse"] - row["small_dense"] for row in found])
-            rows.append(
-                f"{sparsity:.0%} | {means[2]:,.0f} | {means[3]:,.0f} | {means[0]:.2%} | "
-                f"{means[1]:.2%} | {difference}"
-            )
-        columns = (
-            "sparsity | parameters left | of the dense | sparse | dense | points | sparse wins"
+def markdown(raw: dict[str, Any]) -> str:
+    """The parts that were measured, each with its conditions."""
+    tables = {"sparse": sparse_table, "rounds": rounds_table, "overhead": overhead_table}
+    lines = ["# Schedules", ""]
+    for name in PARTS:
+        if name in raw:
+            found = raw[name]["conditions"]
+            lines += tables[name](raw[name]["rows"])
+            versions = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
+            lines += [f"One thread of {found['machine']}; {versions}; {found['date']}; with "
+                      f"{found['arguments']}.", ""]  # fmt: skip
+    lines += ["± is the 95 % interval of the mean paired difference, in points of accuracy."]
+    return "\n".join([*lines, ""])
+
+
+def sparse_table(raw: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for sparsity in dict.fromkeys(row["sparsity"] for row in raw):
+        found = [row for row in raw if row["sparsity"] == sparsity]
+        keys = ("large_sparse", "small_dense", "parameters_sparse", "parameters_dense")
+        means = [statistics.mean(row[key] for row in found) for key in keys]
+        difference = paired([row["large_sparse"] - row["small_dense"] for row in found])
+        rows.append(
+            f"{sparsity:.0%} | {means[2]:,.0f} | {means[3]:,.0f} | {means[0]:.2%} | "
+            f"{means[1]:.2%} | {difference}"
         )
-        lines += table(columns, rows)
-    if "rounds" in raw:
-        found = raw["rounds"]
-        lines += ["## Rounds with distillation beside all at once", ""]
-        shares = [
-            statistics.mean(row[f"{name}_mult_adds"] / row["dense_mult_adds"] for row in found)
-            for name in ("one_shot", "rounds")
-        ]
-        means = [
-            statistics.mean(r[name] for r in found) for name in ("dense", "one_shot", "rounds")
-        ]
-        difference = paired([row["rounds"] - row["one_shot"] for row in found])
-        row = (
-            f"{means[0]:.2%} | {means[1]:.2%} | {means[2]:.2%} | {shares[0]:.1%}, {shares[1]:.1%} | "
-            f"{difference}"
+    columns = "sparsity | parameters left | of the dense | sparse | dense | points | sparse wins"
+    return ["## Large and sparse (AGP) beside small and dense", "", *table(columns, rows)]
+
+
+def rounds_table(raw: list[dict[str, Any]]) -> list[str]:
+    shares = [
+        statistics.mean(row[f"{name}_mult_adds"] / row["dense_mult_adds"] for row in raw)
+        for name in ("one_shot", "rounds")
+    ]
+    means = [statistics.mean(row[name] for row in raw) for name in ("dense", "one_shot", "rounds")]
+    cells = [*(f"{mean:.2%}" for mean in means), f"{shares[0]:.1%}, {shares[1]:.1%}"]
+    cells.append(paired([row["rounds"] - row["one_shot"] for row in raw]))
+    columns = "dense | one-shot | rounds | mult-adds left | points | rounds win"
+    heading = "## Rounds with distillation beside all at once"
+    return [heading, "", *table(columns, [" | ".join(cells)])]
+
+
+def overhead_table(raw: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for found in raw:
+        plain, masked = (statistics.median(found[f"{name}_s"]) for name in ("plain", "masked"))
+        change = statistics.median(found["change_s"])
+        share = (masked - plain + change / 100) / plain
+        rows.append(
+            f"{found['image']}×{found['image']} | {plain:.3f} | {masked:.3f} | "
+            f"{masked / plain - 1:+.1%} | {change:.2f} | {share:+.1%}"
         )
-        lines += table("dense | one-shot | rounds | mult-adds left | points | rounds win", [row])
-    if "overhead" in raw:
-        lines += ["## What masks cost: ResNet-18, batch 64, all weights masked", ""]
-        rows = []
-        for found in raw["overhead"]:
-            plain, masked = (statistics.median(found[f"{n}_s"]) for n in ("plain", "masked"))
-            change = statistics.median(found["change_s"])
-            share = (masked - plain + change / 100) / plain
-            rows.append(
-                f"{found['image']}×{found['image']} | {plain:.3f} | {masked:.3f} | "
-                f"{masked / plain - 1:+.1%} | {change:.2f} | {share:+.1%}"
-            )
-        columns = "images | plain s | masked s | masks | one change s | with a change in 100 steps"
-        lines += table(columns, rows)
-    conditions = (
-        f"One thread of {record['machine']}; CPU seconds, medians; "
-        + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-        + f"; {record['date']}. Arguments: {record['arguments']}. ± is the 95 % interval of the "
-        "mean difference."
-    )
-    return "\n".join([*lines, conditions, ""])
+    columns = "images | plain s | masked s | masks | one change s | with a change in 100 steps"
+    heading = "## What masks cost: a step of ResNet-18, batch 64, all weights masked, CPU seconds"
+    return [heading, "", *table(columns, rows)]
 
 
 def arguments() -> argparse.Namespace:
@@ -314,7 +314,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--width", type=int, default=16, help="of the large network")
+    parser.add_argument("--width", type=int, default=8, help="of the large network")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--channels", type=float, default=0.75, help="fraction that goes")
     parser.add_argument("--steps", type=int, default=3, help="timed training steps")
@@ -330,22 +330,26 @@ def main() -> None:
         args.seeds, args.epochs, args.steps, args.sizes, args.width = 2, 2, 1, [32], 4
         args.rounds = 2
     path = RESULTS / "schedules.json"
-    raw = json.loads(path.read_text())["raw"] if path.exists() and not args.quick else {}
     for name in args.only:
-        raw[name] = {"sparse": sparse, "rounds": rounds, "overhead": overhead}[name](args)
-    given = {k: v for k, v in vars(args).items() if k not in ("only", "quick")}
-    record = {
-        "arguments": given,
+        rows = {"sparse": sparse, "rounds": rounds, "overhead": overhead}[name](args)
+        # Read again, since another process may have measured another part meanwhile.
+        raw = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+        raw[name] = {"conditions": conditions(args), "rows": rows}
+        print("\n" + markdown(raw))
+        if not args.quick:
+            RESULTS.mkdir(exist_ok=True)
+            path.write_text(json.dumps(raw, indent=1) + "\n")
+            path.with_suffix(".md").write_text(markdown(raw))
+
+
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    versions = {"compress": commit()} | {p: version(p) for p in ("torch", "torchvision")}
+    return {
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("only", "quick")},
         "machine": machine(),
-        "versions": {"compress": commit()} | {p: version(p) for p in ("torch", "torchvision")},
+        "versions": versions,
         "date": datetime.date.today().isoformat(),
-        "raw": raw,
     }
-    print("\n" + markdown(record))
-    if not args.quick:
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(record))
 
 
 if __name__ == "__main__":
