@@ -123,7 +123,7 @@ def left(model: nn.Module, masks: Any = None) -> int:
 
 def width_for(parameters: int) -> float:
     """The width of the smallest dense network that has at least so many parameters."""
-    return next(w / 20 for w in range(10, 2000) if left(Digits(w / 20)) >= parameters)
+    return next(w / 50 for w in range(25, 5000) if left(Digits(w / 50)) >= parameters)
 
 
 def sparse(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -133,10 +133,10 @@ def sparse(args: argparse.Namespace) -> list[dict[str, Any]]:
             torch.manual_seed(seed)
             large, data = Digits(args.width), Data(seed)
             config = [
-                {"final_sparsity": sparsity, "end_epoch": args.epochs * 2 // 3,
+                {"total_sparsity": sparsity, "end_epoch": args.epochs * 2 // 3,
                  "op_types": ["Conv2d", "Linear"]},
             ]  # fmt: skip
-            pruner = AGPPruner(large, config)
+            pruner = AGPPruner(large, config, pruning_params={"mode": "global"})
             train(large, data, args.epochs, each=pruner.update_epoch)
             kept = left(large, pruner.masks)
             torch.manual_seed(seed)
@@ -174,8 +174,11 @@ def rounds(args: argparse.Namespace) -> list[dict[str, Any]]:
                 total_iteration=count, speedup=True, dummy_input=x,
                 pruning_params={"mode": "dependency_aware"},
             )  # fmt: skip
-            for _ in pruner.rounds():
-                train(model, own, args.epochs // count, rate=0.05, loss=loss)
+            for number in pruner.rounds():
+                # Little between the rounds, what is left of the epochs after the last.
+                short = args.epochs // 10
+                epochs = short if number < count else args.epochs - short * (count - 1)
+                train(model, own, epochs, rate=0.05, loss=loss)
             row[name], row[f"{name}_mult_adds"] = own.accuracy(model), summarize(model, x).mult_adds
         found.append(row)
         print(row, flush=True)

@@ -34,7 +34,7 @@ class LotteryTicketPruner(IterativePruner):
             `compress` or ``rounds`` are the initial ones.
         rewind: "weights", with all else; or "learning_rate": the weights stay, the optimizer's
             numbers and the schedule go back (Renda et al. 2020, Comparing Rewinding and
-            Fine-tuning in Neural Network Pruning, section 3).
+            Fine-tuning in Neural Network Pruning).
         rewind_step: steps of ``optimizer`` in round 0 after which to keep what is rewound to.
         **options: as `IterativePruner`; the schedule is exponential by default, as in the papers,
             and there is no ``speedup``: what is rewound has the size of the first model.

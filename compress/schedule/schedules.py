@@ -104,7 +104,7 @@ class Cubic(Schedule):
 class Exponential(Schedule):
     """The same fraction of what is left each time: 1 − s = (1 − s_i)·((1 − s_f)/(1 − s_i))^(k/n).
 
-    What iterative magnitude pruning does, as in Frankle & Carbin 2019, section 2.
+    What iterative magnitude pruning does, as in Frankle & Carbin 2019, section 1.
     """
 
     def at(self, change: int) -> float:
@@ -116,7 +116,7 @@ class Exponential(Schedule):
 class Cyclic(Schedule):
     """`Cubic` several times over: what was masked may come back where a new cycle begins.
 
-    Srinivas et al. 2022, Cyclical Pruning for Sparse Neural Networks, eq. 4. A cycle is of
+    After Srinivas et al. 2022, Cyclical Pruning for Sparse Neural Networks. A cycle is of
     m = ⌈n/cycles⌉ changes (the last may be shorter), after the j-th of which
     s = s_f + (s_i − s_f)·(1 − j/m)³.
 

@@ -23,8 +23,8 @@ def recalibrate_batch_norms(
 
     Masks and cuts change what arrives at a norm, and its statistics are still of before. Batch
     means, and variances with n − 1, are averaged with equal weights, as torch does with
-    ``momentum=None``: Li et al. 2020, EagleEye, section 3.3 (adaptive batch normalization); Wu &
-    Johnson 2021, Rethinking "Batch" in BatchNorm, section 3.1. All else is in eval mode. Modes,
+    ``momentum=None``: Li et al. 2020, EagleEye (adaptive batch normalization); Wu & Johnson
+    2021, Rethinking "Batch" in BatchNorm (PreciseBN). All else is in eval mode. Modes,
     momenta, weights and random numbers are as before after it; after an error the statistics, too.
 
     Args:
