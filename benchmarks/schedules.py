@@ -317,7 +317,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--width", type=int, default=8, help="of the large network")
+    parser.add_argument("--width", type=int, default=16, help="of the large network")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--channels", type=float, default=0.75, help="fraction that goes")
     parser.add_argument("--steps", type=int, default=3, help="timed training steps")
