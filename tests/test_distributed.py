@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from digit_networks import residual
 
@@ -17,6 +18,7 @@ from compress.masks import applied_masks
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_masks_plans_and_states_of_two_processes(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

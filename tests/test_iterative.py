@@ -15,7 +15,7 @@ import compress
 from compress import AGPPruner, Evaluator, IterativePruner, LinearPruner, Masks
 from compress.errors import CompressError, ConfigError
 from compress.masks import applied_masks
-from compress.pruners import LAMPPruner, RandomFilterPruner
+from compress.pruners import FPGMPruner, LAMPPruner, RandomFilterPruner
 from compress.schedule import Cyclic
 
 BASES = ("level", "slim", "l1", "l2", "fpgm", "taylorfo", "apoz", "mean_activation")
@@ -124,6 +124,20 @@ def test_steps_of_the_optimizer_are_counted() -> None:
     assert bool((model.conv1.weight[~weight] == 0).any())
 
 
+def test_a_second_compress_changes_nothing() -> None:
+    model = residual()
+    optimizer = sgd(model.parameters())
+    pruner = AGPPruner(model, epochs(), optimizer, steps_per_epoch=1)
+    pruner.compress()
+    train(model, optimizer)
+    before = pruner.masks
+    _, masks = pruner.compress()
+    assert masks == before
+    assert pruner.epoch == 1
+    train(model, optimizer)
+    assert pruner.epoch == 2  # counted once
+
+
 def test_parameters_stay_the_optimizers() -> None:
     model = residual()
     raw = {id(p) for p in model.parameters()}
@@ -147,6 +161,21 @@ def test_masks_from_before_stay_and_count() -> None:
         pruner.update_epoch(epoch)
         assert masked_units(pruner.masks, "conv1") == count
         assert not bool(pruner.masks["conv1"]["weight"][[0, 7]].any())
+
+
+@pytest.mark.parametrize("mode", ["normal", "global", "dependency_aware"])
+def test_a_one_shot_pruner_counts_what_is_masked_before_whatever_its_score(mode: str) -> None:
+    model = nn.Sequential(nn.Linear(1, 5, bias=False), nn.Linear(5, 2))
+    # By FPGM the masked filter, which counts as 0, has the largest distance to the others.
+    model[0].weight.data = torch.tensor([[9.0], [9.1], [9.2], [9.0], [9.4]])
+    given = torch.tensor([[True], [True], [True], [True], [False]])
+    Masks({"0": {"weight": given}}).apply(model)
+    key = "total_sparsity" if mode == "global" else "sparsity"
+    options = {"dummy_input": torch.rand(2, 1)} if mode == "dependency_aware" else {}
+    pruner = FPGMPruner(model, [{key: 0.4, "op_names": ["0"]}], mode=mode, **options)
+    _, masks = pruner.compress()
+    # Of 5 filters 2 go: the one that is gone, and the first of the two at distance 0.3 + 9.
+    assert masks["0"]["weight"].flatten().tolist() == [False, True, True, True, False]
 
 
 def test_a_cyclic_schedule_lets_weights_come_back() -> None:
@@ -256,6 +285,8 @@ def test_shrinking_in_rounds_loses_what_masking_alone_does() -> None:
         ({"optimizer": "l1"}, "optimizer: got str; expected a torch.optim.Optimizer"),
         ({"optimizer": "l1"}, "pass pruning_algorithm='l1'"),
         ({"steps_per_epoch": 3}, "it counts the steps of an optimizer, and got none"),
+        ({"schedule_params": {"cycles": 3}}, "schedule_params: Linear does not take them"),
+        ({"schedule": "cyclic", "schedule_params": {"cycles": 0}}, "cycles: got 0; expected a who"),
         ({"pruning_params": {"moed": 3}}, "pruning_params: LevelPruner does not take them"),
         ({"pruning_params": {"mode": "best"}}, "mode: got 'best'; LevelPruner has normal, global"),
         ({"pruning_algorithm": "apoz"}, "evaluator: got None; it looks at data"),

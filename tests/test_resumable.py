@@ -256,6 +256,7 @@ def test_any_structure_comes_back(tmp_path: Path) -> None:
 # --- kills
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     script = Path(__file__).with_name("kill_at_random.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -141,10 +141,15 @@ def resolve_scheduled(
         entry = parse("", config_list[index], [], ScheduledEntry)
         assert isinstance(entry, ScheduledEntry), "resolve has read it"
         problems += _calendar_problems(f"config_list[{index}]", entry, rounds)
-        if rounds is None:
-            schedules[index] = entry.schedule(schedule, options)
-        else:
-            schedules[index] = entry.rounds(schedule, rounds, options)
+        try:
+            if rounds is None:
+                schedules[index] = entry.schedule(schedule, options)
+            else:
+                schedules[index] = entry.rounds(schedule, rounds, options)
+        except TypeError as error:
+            raise ConfigError(
+                f"schedule_params: {schedule.__name__} does not take them: {error}"
+            ) from error
     if problems:
         raise ConfigError("this config_list cannot be carried out:", problems)
     return ScheduledConfig(targets, schedules)

@@ -130,7 +130,8 @@ class IterativePruner(ResumablePruner):
             for _ in self.rounds():
                 self._finetune()
         else:
-            self._begin()
+            if self.step is None:
+                self._begin()
             if self.step is None:
                 self.update_epoch(0)
             if self.steps_per_epoch is not None and self._hook is None:
