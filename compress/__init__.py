@@ -26,12 +26,21 @@ from compress.pruners import (
     TaylorFOWeightPruner,
     WandaPruner,
 )
+from compress.schedule import (
+    ADMMPruner,
+    AGPPruner,
+    IterativePruner,
+    LinearPruner,
+    LotteryTicketPruner,
+)
 from compress.speedup import ModelSpeedup
 from compress.speedup.compare import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADMMPruner",
+    "AGPPruner",
     "ActivationAPoZRankFilterPruner",
     "ActivationAPoZRankPruner",
     "ActivationMeanRankFilterPruner",
@@ -40,12 +49,15 @@ __all__ = [
     "Evaluator",
     "FPGMPruner",
     "GraSPPruner",
+    "IterativePruner",
     "L1FilterPruner",
     "L1NormPruner",
     "L2FilterPruner",
     "L2NormPruner",
     "LAMPPruner",
     "LevelPruner",
+    "LinearPruner",
+    "LotteryTicketPruner",
     "Masks",
     "ModelSpeedup",
     "MovementPruner",

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -53,6 +53,7 @@ class Target:
         group: index into `Targets.groups`, or None.
         max_sparsity: the most that it may lose under ``total_sparsity``.
         tied: other selected layers with the same weight, which take the same mask.
+        entry: index of the entry in the config_list.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Target:
     group: int | None = None
     max_sparsity: float = 1.0
     tied: tuple[str, ...] = ()
+    entry: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def resolve(
     unit_axis: Callable[[nn.Module], int] = lambda module: 0,
     pruner: str = "this pruner",
     granularity: str = "weights",
+    entry_type: type[Entry] = Entry,
 ) -> Targets:
     """The layers of ``model`` that ``config_list`` selects, with their sparsities.
 
@@ -112,6 +115,7 @@ def resolve(
             are one target where they share the axis, too.
         pruner: its name, for messages.
         granularity: what it masks, for messages: "whole filters".
+        entry_type: what an entry may say.
 
     Raises:
         ConfigError: lists every problem, with the entry's index, what it got and what it expected.
@@ -128,14 +132,14 @@ def resolve(
     chosen: dict[str, tuple[int, Entry]] = {}
     for index, raw in enumerate(config_list):
         where = f"config_list[{index}]"
-        entry = parse(where, raw, problems)
+        entry = parse(where, raw, problems, entry_type)
         if entry is not None:
             chosen |= dict.fromkeys(book.select(where, entry, problems), (index, entry))
     targets = Targets(())
     if not problems:
         targets = _targets(book, chosen, problems)
     if problems:
-        raise ConfigError("\n  ".join(["this config_list cannot be carried out:", *problems]))
+        raise ConfigError("this config_list cannot be carried out:", problems)
     return targets
 
 
@@ -368,10 +372,10 @@ def _targets(book: _Book, chosen: Mapping[str, tuple[int, Entry]], problems: lis
 def _target(name: str, book: _Book, index: int, entry: Entry, groups: Mapping[int, int]) -> Target:
     if entry.total_sparsity is None:
         (sparsity,) = entry.sparsities().values()
-        return Target(name, sparsity)
+        return Target(name, sparsity, entry=index)
     # Limits may name the module by any of its paths.
     limit = min(entry.limit(path) for path in book.paths[name])
-    return Target(name, None, groups[index], limit)
+    return Target(name, None, groups[index], limit, entry=index)
 
 
 def _grouped(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -26,42 +26,9 @@ def _as_float(value: object) -> object:
     return float(value) if isinstance(value, Real) else value
 
 
-_Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_as_float)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_as_float)]
 _Limit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_as_float)]
 _Name = Annotated[str, Field(min_length=1)]
-
-
-class Entry(BaseModel):
-    """One dict of a config_list, of the right types; None = not given."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    sparsity: _Fraction | None = None
-    sparsity_per_layer: _Fraction | None = None
-    total_sparsity: _Fraction | None = None
-    max_sparsity_per_layer: _Limit | dict[str, _Limit] | None = None
-    op_types: Annotated[list[_Name] | None, Field(min_length=1), BeforeValidator(_as_list)] = None
-    # "" is a name: that of the model itself.
-    op_names: Annotated[list[str] | None, Field(min_length=1), BeforeValidator(_as_list)] = None
-    op_partial_names: Annotated[
-        list[_Name] | None, Field(min_length=1), BeforeValidator(_as_list)
-    ] = None
-    op_names_re: Annotated[
-        list[_Name] | None, Field(min_length=1), BeforeValidator(_as_patterns)
-    ] = None
-    exclude: bool = False
-
-    def sparsities(self) -> dict[str, float]:
-        """The sparsities given, by key."""
-        given = {key: getattr(self, key) for key in _SPARSITIES}
-        return {key: value for key, value in given.items() if value is not None}
-
-    def limit(self, name: str) -> float:
-        """``max_sparsity_per_layer`` of one layer."""
-        limits = self.max_sparsity_per_layer
-        if isinstance(limits, dict):
-            return limits.get(name, 1.0)
-        return 1.0 if limits is None else limits
 
 
 _SPARSITIES = ("sparsity", "sparsity_per_layer", "total_sparsity")
@@ -77,59 +44,94 @@ _EXPECTED = {
 }
 
 
-def parse(where: str, raw: object, problems: list[str]) -> Entry | None:
-    """The entry, or None with what is wrong added to ``problems``."""
+class Entry(BaseModel):
+    """One dict of a config_list, of the right types; None = not given."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    SPARSITIES: ClassVar[tuple[str, ...]] = _SPARSITIES
+    EXPECTED: ClassVar[Mapping[str, str]] = _EXPECTED
+
+    sparsity: Fraction | None = None
+    sparsity_per_layer: Fraction | None = None
+    total_sparsity: Fraction | None = None
+    max_sparsity_per_layer: _Limit | dict[str, _Limit] | None = None
+    op_types: Annotated[list[_Name] | None, Field(min_length=1), BeforeValidator(_as_list)] = None
+    # "" is a name: that of the model itself.
+    op_names: Annotated[list[str] | None, Field(min_length=1), BeforeValidator(_as_list)] = None
+    op_partial_names: Annotated[
+        list[_Name] | None, Field(min_length=1), BeforeValidator(_as_list)
+    ] = None
+    op_names_re: Annotated[
+        list[_Name] | None, Field(min_length=1), BeforeValidator(_as_patterns)
+    ] = None
+    exclude: bool = False
+
+    def sparsities(self) -> dict[str, float]:
+        """The sparsities given, by key."""
+        given = {key: getattr(self, key) for key in self.SPARSITIES}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def limit(self, name: str) -> float:
+        """``max_sparsity_per_layer`` of one layer."""
+        limits = self.max_sparsity_per_layer
+        if isinstance(limits, dict):
+            return limits.get(name, 1.0)
+        return 1.0 if limits is None else limits
+
+    def contradictions(self, where: str) -> list[str]:
+        """What the keys say against each other."""
+        problems = []
+        given = self.sparsities()
+        if self.exclude and given:
+            problems.append(
+                f"{where}: exclude is True, but {', '.join(given)} is given; an excluded layer has "
+                "no sparsity: remove one of the two"
+            )
+        if not self.exclude and len(given) != 1:
+            problems.append(
+                f"{where}: got {' and '.join(given) or 'no sparsity'}; expected exactly one of "
+                f"{', '.join(self.SPARSITIES)}, or exclude: True"
+            )
+        if self.max_sparsity_per_layer is not None and "total_sparsity" not in given:
+            problems.append(
+                f"{where}['max_sparsity_per_layer']: it limits layers under a total_sparsity, and "
+                "this entry has none"
+            )
+        if all(getattr(self, key) is None for key in SELECTORS):
+            problems.append(
+                f"{where}: it selects no layer; add a selector ({', '.join(SELECTORS)}), such as "
+                '"op_types": ["default"] for every layer that the pruner supports'
+            )
+        return problems
+
+
+def parse(where: str, raw: object, problems: list[str], kind: type[Entry] = Entry) -> Entry | None:
+    """The entry, of class ``kind``, or None with what is wrong added to ``problems``."""
     if not isinstance(raw, Mapping):
         problems.append(f"{where}: got {short(raw)}; expected a dict")
         return None
-    unknown = [key for key in raw if key not in _EXPECTED]
+    unknown = [key for key in raw if key not in kind.EXPECTED]
     for key in unknown:
-        hint = closest(key, _EXPECTED) if isinstance(key, str) else ""
+        hint = closest(key, kind.EXPECTED) if isinstance(key, str) else ""
         problems.append(
-            f"{where}: unknown key {key!r}{hint or '; expected one of ' + ', '.join(_EXPECTED)}"
+            f"{where}: unknown key {key!r}{hint or '; expected one of ' + ', '.join(kind.EXPECTED)}"
         )
-    known = {key: value for key, value in raw.items() if key in _EXPECTED}
+    known = {key: value for key, value in raw.items() if key in kind.EXPECTED}
     try:
-        entry = Entry.model_validate(known)
+        entry = kind.model_validate(known)
     except ValidationError as error:
         # A union reports each of its members; the user wants each key once.
         wrong = dict.fromkeys(str(one["loc"][0]) for one in error.errors())
         problems.extend(
-            f"{where}[{key!r}]: got {short(raw[key])}; expected {_EXPECTED[key]}" for key in wrong
+            f"{where}[{key!r}]: got {short(raw[key])}; expected {kind.EXPECTED[key]}"
+            for key in wrong
         )
         # The rest of the entry is still looked at, so that one error tells every problem.
         unknown.extend(wrong)
-        entry = Entry.model_validate({k: v for k, v in known.items() if k not in wrong})
+        entry = kind.model_validate({k: v for k, v in known.items() if k not in wrong})
     if not unknown:  # a misspelt or wrong key would be reported again as a missing one
-        problems.extend(_contradictions(where, entry))
+        problems.extend(entry.contradictions(where))
     return entry if any(getattr(entry, key) is not None for key in SELECTORS) else None
-
-
-def _contradictions(where: str, entry: Entry) -> list[str]:
-    """What the keys of an entry say against each other."""
-    problems = []
-    given = entry.sparsities()
-    if entry.exclude and given:
-        problems.append(
-            f"{where}: exclude is True, but {', '.join(given)} is given; an excluded layer has no "
-            "sparsity: remove one of the two"
-        )
-    if not entry.exclude and len(given) != 1:
-        problems.append(
-            f"{where}: got {' and '.join(given) or 'no sparsity'}; expected exactly one of "
-            f"{', '.join(_SPARSITIES)}, or exclude: True"
-        )
-    if entry.max_sparsity_per_layer is not None and "total_sparsity" not in given:
-        problems.append(
-            f"{where}['max_sparsity_per_layer']: it limits layers under a total_sparsity, and this "
-            "entry has none"
-        )
-    if all(getattr(entry, key) is None for key in SELECTORS):
-        problems.append(
-            f"{where}: it selects no layer; add a selector ({', '.join(SELECTORS)}), such as "
-            '"op_types": ["default"] for every layer that the pruner supports'
-        )
-    return problems
 
 
 def short(value: object) -> str:

@@ -15,11 +15,23 @@ class CompressError(Exception):
 
 
 class ConfigError(CompressError, ValueError):
-    """A config_list or a pruner argument cannot be carried out; lists every problem found."""
+    """A config_list or a pruner argument cannot be carried out; lists every problem found.
+
+    Attributes:
+        problems: each by itself.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        self.problems = tuple(problems) or (message,)
+        super().__init__("\n  ".join([message, *problems]))
 
 
 class MaskError(CompressError, ValueError):
     """A mask cannot be made, read, saved, or put on this model."""
+
+
+class StateError(CompressError, ValueError):
+    """A saved state cannot be read, or belongs to something else; nothing has been changed."""
 
 
 class TraceError(CompressError, RuntimeError):

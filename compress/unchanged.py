@@ -6,7 +6,7 @@ Those that a single recorded run needs are in `compress.graph.run`.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.errors import CompressError
 from compress.graph.run import rng_kept
+from compress.masks import MaskParametrization, parameter_slots, raw_parameter
 
 
 @contextmanager
@@ -90,6 +92,41 @@ def values_kept(model: nn.Module, on_error_only: bool = False) -> Iterator[None]
             with torch.no_grad():
                 for tensor, value in saved:
                     tensor.copy_(value)
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers, by plain path; what is under masks, too."""
+    return {path: tensor.detach().clone() for path, tensor in _plain_tensors(model).items()}
+
+
+def put_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers the values of `values_of`, in place; masks stay as they are.
+
+    Raises:
+        CompressError: the model has no such parameters any more; it is as it was.
+    """
+    found = _plain_tensors(model)
+    wrong = [p for p, v in values.items() if p not in found or found[p].shape != v.shape]
+    if wrong:
+        raise CompressError(
+            f"{wrong[0]!r} was of shape {tuple(values[wrong[0]].shape)} and is so no more: the "
+            "model has changed since (a speedup?)"
+        )
+    with torch.no_grad():
+        for path, value in values.items():
+            found[path].copy_(value)
+
+
+def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once, by the path that they have without masks of ours."""
+    found: dict[str, Tensor] = {}
+    for slot in parameter_slots(model):
+        raw = raw_parameter(slot.module, slot.name)
+        if raw is not None:
+            found[f"{slot.path}.{slot.name}" if slot.path else slot.name] = raw
+    masks = {id(m.mask) for m in model.modules() if isinstance(m, MaskParametrization)}
+    found |= {path: b for path, b in model.named_buffers() if id(b) not in masks}
+    return found
 
 
 @contextmanager

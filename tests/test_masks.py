@@ -523,3 +523,17 @@ def test_half_and_double_follow() -> None:
     model.double()
     assert model[0].weight.dtype == torch.float64
     assert model[0].parametrizations.weight[0].mask.dtype == torch.bool
+
+
+def test_hooks_on_the_gradient_of_a_parameter_outlive_masks() -> None:
+    """Those that DistributedDataParallel puts there."""
+    model = nn.Linear(3, 2)
+    node = model.weight.expand_as(model.weight).grad_fn.next_functions[0][0]
+    called = []
+    node.register_hook(lambda *_: called.append(1))
+    masks = Masks({"": {"weight": torch.tensor([[1, 0, 1], [0, 1, 1]])}})
+    for number in (1, 2):
+        masks.apply(model)
+        model(torch.rand(4, 3)).sum().backward()
+        assert len(called) == number
+        remove_masks(model)

@@ -7,6 +7,8 @@ module.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -65,7 +67,8 @@ class AppliedMask:
         part.order = next(iter(others.values())).order if others else tuple(module._parameters)
         if parametrize.is_parametrized(module):
             _unshare_class(module)
-        parametrize.register_parametrization(module, self.name, part)
+        with _stand_in(module, self.name):
+            parametrize.register_parametrization(module, self.name, part)
         if isinstance(module, nn.RNNBase):
             _make_copyable(module)
 
@@ -151,6 +154,26 @@ def parts_of(module: nn.Module, name: str) -> parametrize.ParametrizationList:
 
 def is_ours(parts: parametrize.ParametrizationList) -> bool:
     return "0" in parts._modules and isinstance(parts[0], MaskParametrization)
+
+
+@contextmanager
+def _stand_in(module: nn.Module, name: str) -> Iterator[None]:
+    """Another parameter of the same memory is at ``name`` while torch parametrises it.
+
+    torch calls ``set_()`` on it, after which autograd accumulates its gradient in a new node: hooks
+    on the old one, such as those of a ``DistributedDataParallel`` made before, would be lost.
+    """
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        other = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        module._parameters[name] = other
+    try:
+        yield
+    finally:
+        if parameter is not None:
+            masked = mask_on(module, name) is not None
+            owner = parts_of(module, name)._parameters if masked else module._parameters
+            owner["original" if masked else name] = parameter
 
 
 def _make_copyable(module: nn.RNNBase) -> None:

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import math
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from compress import allocate
-from compress.config import Target, resolve
+from compress.config import Target, Targets, resolve
+from compress.config_entry import Entry
 from compress.errors import CompressError, ConfigError
-from compress.files import write_atomically
-from compress.masks import (
-    Masks,
-    applied_masks,
-    masked_state_dict,
-    raw_parameter,
-    remove_masks,
-    suspend_masks,
-)
+from compress.masks import Masks, applied_masks, raw_parameter, suspend_masks
+from compress.pruners.export import MaskedModel
 
 MODES = ("normal", "global", "dependency_aware", "isomorphic")
 
@@ -42,11 +30,13 @@ class Layer:
         name: module path.
         module: the user's module.
         weight: its weight, detached; 0 where a mask from before the pruner is.
+        mask: that mask, of the weight's shape; None where there is none.
     """
 
     name: str
     module: nn.Module
     weight: Tensor
+    mask: Tensor | None = None
 
 
 def foreign_layers() -> tuple[type[nn.Module], ...]:
@@ -55,7 +45,7 @@ def foreign_layers() -> tuple[type[nn.Module], ...]:
     return () if library is None else (library.Conv1D,)
 
 
-class Pruner(ABC):
+class Pruner(MaskedModel, ABC):
     """Scores the units of the selected layers and masks the lowest.
 
     A subclass says what it supports, how it scores a layer, and which parameters a unit is.
@@ -110,26 +100,44 @@ class Pruner(ABC):
         self.round_to = round_to
         self.min_channels = min_channels
         self._check_arguments()
-        self.targets = resolve(
-            model,
-            config_list,
-            self._layer_types(),
-            optional_types=self.optional_types,
-            unit_axis=self.unit_axis,
-            pruner=type(self).__name__,
-            granularity=self.granularity,
-        )
+        self.targets = self.resolve(model, config_list)
         self._check_mode()
         self._masks: Masks | None = None
         self._before = Masks()
 
-    def _layer_types(self) -> tuple[type[nn.Module], ...]:
-        """What ``op_types: ["default"]`` means now."""
-        return self.supported_types + foreign_layers()
+    @classmethod
+    def resolve(
+        cls,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        entry_type: type[Entry] = Entry,
+    ) -> Targets:
+        """What a config_list asks of this pruner: see `compress.config`."""
+        return resolve(
+            model,
+            config_list,
+            cls._layer_types(),
+            optional_types=cls.optional_types,
+            unit_axis=cls.unit_axis,
+            pruner=cls.__name__,
+            granularity=cls.granularity,
+            entry_type=entry_type,
+        )
 
-    def unit_axis(self, module: nn.Module) -> int:
+    @classmethod
+    def _layer_types(cls) -> tuple[type[nn.Module], ...]:
+        """What ``op_types: ["default"]`` means now."""
+        return cls.supported_types + foreign_layers()
+
+    @classmethod
+    def unit_axis(cls, module: nn.Module) -> int:
         """The axis of a layer's weight that its units lie along."""
         return 0
+
+    @classmethod
+    def by_unit(cls, layer: Layer, values: Tensor) -> Tensor:
+        """``(units, entries)`` of a tensor of the shape of the layer's weight."""
+        return values.reshape(len(values), -1)
 
     @abstractmethod
     def score(self, layer: Layer) -> Tensor:
@@ -160,7 +168,9 @@ class Pruner(ABC):
 
         Scores are of the raw weights, without what an earlier `compress` of this pruner masked, so
         that the same weights give the same masks. Masks that the model had before it stay: what
-        they mask counts as 0 in the scores, and is masked in the result.
+        they mask counts as 0 in the scores, and is masked in the result. Units that are masked
+        whole already are the first to go, whatever their scores, so that they count towards the
+        sparsity.
 
         Raises:
             ConfigError: a ``total_sparsity`` cannot be reached.
@@ -168,7 +178,9 @@ class Pruner(ABC):
         """
         before = self._masks_before()
         layers = self._layers(before)
-        scores = {name: self.score(layer) for name, layer in layers.items()}
+        scores = self._masked_first(
+            layers, {name: self.score(layer) for name, layer in layers.items()}
+        )
         keep, extra = self._allocate(layers, scores)
         entries: dict[str, dict[str, Tensor]] = {}
         modules = dict(self.model.named_modules())
@@ -194,56 +206,18 @@ class Pruner(ABC):
             ConfigError, MaskError: as `calc_masks`; the model is as it was.
         """
         before, masks = self._masks_before(), self.calc_masks()
-        suspended = suspend_masks(self.model)
-        try:
+        applied = applied_masks(self.model)
+        if applied and masks & applied == masks:  # they only grow: what is on the model is changed
             masks.apply(self.model)
-        except BaseException:
-            suspended.restore()
-            raise
+        else:
+            suspended = suspend_masks(self.model)
+            try:
+                masks.apply(self.model)
+            except BaseException:
+                suspended.restore()
+                raise
         self._before, self._masks = before, masks
         return self.model, self.masks
-
-    def unwrap_model(self) -> nn.Module:
-        """Write the masks' zeros into the parameters and take the masks off, in place.
-
-        Returns:
-            The same model, now a plain one: same classes, names and `Parameter` objects. A second
-            call changes nothing.
-        """
-        remove_masks(self.model)
-        return self.model
-
-    def export_model(
-        self,
-        model_path: str | os.PathLike[str],
-        mask_path: str | os.PathLike[str] | None = None,
-        onnx_path: str | os.PathLike[str] | None = None,
-        input_shape: Sequence[int] | None = None,
-        device: str | torch.device | None = None,
-    ) -> None:
-        """Save the pruned model, as NNI v1 does; the model is as masked as before.
-
-        Args:
-            model_path: for its ``state_dict()`` with the masks applied, under the plain names.
-            mask_path: for the masks, if wanted (safetensors).
-            onnx_path: for an ONNX file of the model in eval mode, if wanted; needs
-                ``pip install compress-torch[onnx]``.
-            input_shape: shape of the model's input, batch included, for ONNX.
-            device: where to run the ONNX export; where the model is, by default.
-
-        Raises:
-            CompressError: `compress` has not been called, or what ONNX needs is missing; nothing is
-                written then.
-        """
-        masks = self.masks
-        if onnx_path is not None:
-            _check_onnx(input_shape)
-        state = masked_state_dict(self.model)
-        write_atomically(model_path, lambda path: torch.save(state, path))
-        if mask_path is not None:
-            masks.save(mask_path)
-        if onnx_path is not None and input_shape is not None:
-            _export_onnx(self.model, onnx_path, input_shape, device)
 
     def _check_arguments(self) -> None:
         problems = []
@@ -300,11 +274,31 @@ class Pruner(ABC):
                     f"{target.name!r}: its weight was there when {type(self).__name__} was made "
                     "and is no plain parameter now; make a new pruner for the changed model"
                 )
-            weight = raw.detach()
-            if id(raw) in masked:
-                weight = weight.masked_fill(~masked[id(raw)].to(weight.device), 0)
-            layers[target.name] = Layer(target.name, module, weight)
+            weight, mask = raw.detach(), masked.get(id(raw))
+            if mask is not None:
+                mask = mask.to(weight.device)
+                weight = weight.masked_fill(~mask, 0)
+            layers[target.name] = Layer(target.name, module, weight, mask)
         return layers
+
+    def _masked_first(
+        self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The scores, with those of units that are masked whole below all others.
+
+        Hardly below, as the coupled modes divide by a layer's mean.
+        """
+        found = dict(scores)
+        masks = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
+        # Over all layers, since one ranking may be of all. NaN is for the allocation to refuse.
+        lowest = min((float(s.nan_to_num().min()) for s in scores.values() if masks), default=0.0)
+        lowest = min(lowest, 0.0)
+        for name, mask in masks.items():
+            gone = ~self.by_unit(layers[name], mask).any(dim=1)
+            own = scores[name].float() if scores[name].element_size() < 4 else scores[name]
+            margin = 1e-6 * max(float(own.nan_to_num().abs().max()), -lowest, 1e-30)
+            found[name] = own.masked_fill(gone, lowest - margin)
+        return found
 
     def _allocate(
         self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor]
@@ -369,44 +363,4 @@ class Pruner(ABC):
 
 def raise_all(who: str, problems: list[str]) -> None:
     if problems:
-        raise ConfigError("\n  ".join([f"{who} cannot be made:", *problems]))
-
-
-def _check_onnx(input_shape: Sequence[int] | None) -> None:
-    if input_shape is None:
-        raise ConfigError(
-            "export_model: got onnx_path without input_shape; expected the shape of the model's "
-            "input, such as input_shape=(1, 3, 224, 224)"
-        )
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CompressError(
-            f"export_model: onnx_path needs {' and '.join(missing)}, not installed here: "
-            "pip install compress-torch[onnx]"
-        )
-
-
-def _export_onnx(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    input_shape: Sequence[int],
-    device: str | torch.device | None,
-) -> None:
-    """Export a plain copy of ``model`` in eval mode; ``model`` is not touched."""
-    plain = deepcopy(model)
-    remove_masks(plain)
-    plain.eval()
-    if device is not None:
-        plain.to(device)
-    first = next(plain.parameters())
-    # Only the shape of the input counts, so that the user's random state can be left alone.
-    sample = torch.zeros(*input_shape, device=first.device, dtype=first.dtype)
-    # torch 2.4 has only the exporter without dynamo. The weights go into the one file.
-    wanted = {"dynamo": True, "external_data": False}
-    known = inspect.signature(torch.onnx.export).parameters
-    options: dict[str, Any] = {key: value for key, value in wanted.items() if key in known}
-
-    def write(temporary: Path) -> None:
-        torch.onnx.export(plain, (sample,), str(temporary), **options)
-
-    write_atomically(path, write)
+        raise ConfigError(f"{who} cannot be made:", problems)

@@ -35,6 +35,10 @@ class WeightPruner(PatternPruner):
     )
     granularity: ClassVar[str] = "single weights"
 
+    @classmethod
+    def by_unit(cls, layer: Layer, values: Tensor) -> Tensor:
+        return values.reshape(-1, 1)
+
     def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
         return {"weight": keep.reshape(layer.weight.shape)}
 
@@ -81,8 +85,13 @@ class ChannelPruner(BlockPruner):
     optional_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
     granularity: ClassVar[str] = "whole filters"
 
-    def unit_axis(self, module: nn.Module) -> int:
+    @classmethod
+    def unit_axis(cls, module: nn.Module) -> int:
         return filter_axis(module)[0]
+
+    @classmethod
+    def by_unit(cls, layer: Layer, values: Tensor) -> Tensor:
+        return criteria.filters(values, *filter_axis(layer.module))
 
     def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
         masks = {"weight": expand_filters(keep, layer.weight, *filter_axis(layer.module))}

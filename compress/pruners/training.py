@@ -114,8 +114,9 @@ class SlimPruner(TrainingPruner):
     def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
         return {"weight": keep, "bias": keep}
 
-    def _layer_types(self) -> tuple[type[nn.Module], ...]:
-        return self.supported_types
+    @classmethod
+    def _layer_types(cls) -> tuple[type[nn.Module], ...]:
+        return cls.supported_types
 
     def _train(self) -> None:
         self._gammas = list(self._weights().values())

@@ -1,0 +1,57 @@
+"""Channels go in rounds, and the dense network teaches what is left: digits.
+
+    python examples/iterative_distillation.py
+    python examples/iterative_distillation.py --sparsity 0.75 --schedule cubic --state rounds.state
+
+In each round the least filters are masked, the network shrinks for real, and is trained against the
+dense one. With --state it may be killed and started again.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from _digits import DigitNet, Digits, parser, sgd
+
+from compress import Evaluator, IterativePruner
+from compress.measure import compare, table
+from compress.schedule.schedules import SCHEDULES
+from compress.training import Distillation, recalibrate_batch_norms
+
+
+def main() -> None:
+    options = parser(__doc__, epochs=5)
+    options.add_argument("--sparsity", type=float, default=0.6, help="of the channels")
+    options.add_argument("--rounds", type=int, default=4)
+    options.add_argument("--schedule", choices=list(SCHEDULES), default="exponential")
+    options.add_argument("--state", metavar="FILE", help="to stop and go on with")
+    args = options.parse_args()
+    torch.manual_seed(args.seed)
+    data, dense = Digits(args.quick), DigitNet()
+    data.fit(dense, 2 * args.epochs)
+    model = copy.deepcopy(dense)
+    teaching = Evaluator(
+        data.loader, optimizer_factory=sgd, loss=Distillation(dense, data.evaluator)
+    )
+    pruner = IterativePruner(
+        model, [{"sparsity": args.sparsity, "op_types": ["Conv2d"]}], None, "l1",
+        total_iteration=args.rounds, schedule=args.schedule, speedup=True, state=args.state,
+        dummy_input=data.sample, pruning_params={"mode": "dependency_aware"},
+    )  # fmt: skip
+    print("round  channels      cut  recalibrated  trained")
+    for number in pruner.rounds():
+        found = [data.accuracy(model)]
+        recalibrate_batch_norms(model, data.evaluator)
+        found.append(data.accuracy(model))
+        data.fit(model, args.epochs, teaching)
+        found.append(data.accuracy(model))
+        channels = f"{model.conv1.out_channels}, {model.conv2.out_channels}"
+        print(f"{number:5d}  {channels:>8}  {found[0]:7.2%}  {found[1]:12.2%}  {found[2]:7.2%}")
+    measured = compare({"dense": dense, "small": model}, data.sample)
+    accuracies = {"dense": data.accuracy(dense), "small": data.accuracy(model)}
+    print(table(measured, {"accuracy": {n: f"{a:.2%}" for n, a in accuracies.items()}}))
+
+
+if __name__ == "__main__":
+    main()
