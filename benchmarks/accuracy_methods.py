@@ -26,8 +26,8 @@ from compress.pruners.data import DataPruner
 
 Record = dict[str, Any]
 
-# One ranking may leave a layer one channel, through which all must pass. Torch-Pruning leaves layers
-# that would vanish whole, by default; ours need to be told.
+# One ranking may leave a layer one channel, which all must pass. Torch-Pruning leaves layers whole
+# that would vanish, by default; ours needs to be told.
 MOST_PER_LAYER = 0.9
 STEPS = 9  # of the search for a sparsity
 

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from compress.errors import StateError
 from compress.files import write_atomically
-from compress.graph.run import leaves_of
+from compress.graph.walk import leaves_of
 from compress.masks import suspend_masks
 from compress.speedup import plan as plans
 
