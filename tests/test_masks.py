@@ -19,6 +19,7 @@ from compress.masks import (
     Masks,
     applied_masks,
     masked_state_dict,
+    raw_parameter,
     remove_masks,
     suspend_masks,
 )
@@ -537,3 +538,50 @@ def test_hooks_on_the_gradient_of_a_parameter_outlive_masks() -> None:
         model(torch.rand(4, 3)).sum().backward()
         assert len(called) == number
         remove_masks(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_masked_values_and_gradients_are_those_of_where(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3).to(dtype).to(memory_format=torch.channels_last)
+    mask = torch.rand_like(model.weight, dtype=torch.float32) > 0.5
+    with torch.no_grad():
+        model.weight[~mask] = float("nan")
+    raw = model.weight.detach().clone().requires_grad_()
+    Masks({"": {"weight": mask}}).apply(model)
+    expected = torch.where(mask, raw, 0)
+    assert torch.equal(model.weight, expected)
+    weights = torch.randn_like(raw)
+    weights[~mask] = float("inf")
+    model.weight.backward(weights)
+    expected.backward(weights)
+    got = raw_parameter(model, "weight")
+    assert got is not None
+    assert got.grad is not None
+    assert torch.equal(got.grad, raw.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of forward mode itself
+def test_masked_models_go_through_torchs_transforms() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    Masks({"": {"weight": mask}}).apply(model)
+    raw = raw_parameter(model, "weight")
+    assert raw is not None
+    x = torch.randn(4, 3, dtype=torch.float64)
+
+    def loss(weight: Tensor) -> Tensor:
+        name = "parametrizations.weight.original"
+        return torch.func.functional_call(model, {name: weight}, (x,)).pow(3).sum()
+
+    def by_hand(weight: Tensor) -> Tensor:
+        return (x @ torch.where(mask, weight, 0).T + model.bias).pow(3).sum()
+
+    weight = raw.detach().clone()
+    assert torch.autograd.gradgradcheck(loss, weight.clone().requires_grad_())
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+        torch.testing.assert_close(transform(loss)(weight), transform(by_hand)(weight))
+    several = torch.stack([weight, 2 * weight])
+    got = torch.func.vmap(torch.func.grad(loss))(several)
+    torch.testing.assert_close(got, torch.func.vmap(torch.func.grad(by_hand))(several))

@@ -40,7 +40,47 @@ class MaskParametrization(nn.Module):
 
     def forward(self, raw: Tensor) -> Tensor:
         """The masked parameter; a product instead would let NaN and inf through."""
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
+        if raw.device.type == "cpu" and raw.dtype in _BITS and not traced:
+            masked: Tensor = _Masked.apply(raw, self.mask)
+            return masked
         return torch.where(self.mask, raw, torch.zeros((), dtype=raw.dtype, device=raw.device))
+
+
+class _Masked(torch.autograd.Function):
+    """``where(mask, raw, 0)`` and its gradient: the bits of each number, times 0 or 1.
+
+    On a CPU, ``where`` takes ten times as long for a mask without a pattern, which no branch
+    prediction can guess.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(raw: Tensor, mask: Tensor) -> Tensor:
+        return (raw.view(_BITS[raw.dtype]) * mask).view(raw.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Masked.apply(gradient, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        masked: Tensor = _Masked.apply(tangent, *ctx.saved_tensors)
+        return masked
+
+
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 @dataclass(frozen=True)
