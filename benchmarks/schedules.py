@@ -333,11 +333,12 @@ def main() -> None:
         args.seeds, args.epochs, args.steps, args.sizes, args.width = 2, 2, 1, [32], 4
         args.rounds = 2
     path = RESULTS / "schedules.json"
+    given = conditions(args)  # of the commit before the results change it
     for name in args.only:
         rows = {"sparse": sparse, "rounds": rounds, "overhead": overhead}[name](args)
         # Read again, since another process may have measured another part meanwhile.
         raw = json.loads(path.read_text()) if path.exists() and not args.quick else {}
-        raw[name] = {"conditions": conditions(args), "rows": rows}
+        raw[name] = {"conditions": given, "rows": rows}
         print("\n" + markdown(raw))
         if not args.quick:
             RESULTS.mkdir(exist_ok=True)
