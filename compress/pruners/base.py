@@ -149,14 +149,11 @@ class Pruner(MaskedModel, ABC):
 
     @property
     def masks(self) -> Masks:
-        """A copy of the masks of the last `compress`.
+        """A copy of the masks of the last `compress`; before it, of those that the model came with.
 
-        Raises:
-            CompressError: `compress` has not been called.
+        At any moment: under a schedule, those of now.
         """
-        if self._masks is None:
-            raise CompressError(f"{type(self).__name__} has no masks yet; call compress() first")
-        return Masks(self._masks)
+        return Masks(applied_masks(self.model) if self._masks is None else self._masks)
 
     @property
     def runs_the_model(self) -> bool:
