@@ -161,6 +161,8 @@ FILTERS: dict[str, type[Pruner]] = {
     "Slim": pruners.SlimPruner,
     "Random": pruners.RandomFilterPruner,
 }
+# Pruned before they are trained, for as long as dense and tuning take together.
+UNTRAINED = "SNIP, untrained", "GraSP, untrained"
 # Scores that can be compared between layers, so that one ranking over all makes sense.
 RANKED = ("L1", "Taylor", "Slim")
 WEIGHTS: dict[str, tuple[type[Pruner], str]] = {
@@ -170,6 +172,8 @@ WEIGHTS: dict[str, tuple[type[Pruner], str]] = {
     "Movement": (pruners.MovementPruner, "normal"),
     "Level, linear layers": (pruners.LevelPruner, "balanced"),
     "Wanda, linear layers": (pruners.WandaPruner, "balanced"),
+    "SNIP, untrained": (pruners.SNIPPruner, "global"),
+    "GraSP, untrained": (pruners.GraSPPruner, "global"),
 }
 PEER = "Torch-Pruning"
 SCRATCH = "From scratch"
@@ -194,6 +198,7 @@ def all_methods() -> list[Method]:
             found.append(Method(name, "local", tool=PEER))
         if name in RANKED:
             found.append(Method(name, "global", tool=PEER, equal_cost=True))
+    found.append(Method(UNTRAINED[0], "dependency_aware"))
     return found + [Method(name, mode, "weights") for name, (_, mode) in WEIGHTS.items()]
 
 
@@ -245,7 +250,7 @@ class Trial:
             else:
                 model = self.cut(method, asked)
                 before = self.accuracy(model)
-                model = self.train(model, self.settings.tuning_epochs, self.settings.tuning_lr)
+                model = self.train(model, *self.tuning(method))
         return {
             "seed": self.seed, "method": method.name, "sparsity": sparsity, "asked": asked,
             "accuracy": self.accuracy(model), "before": before,
@@ -263,14 +268,26 @@ class Trial:
 
     # -- compress
 
+    def tuning(self, method: Method) -> tuple[int, float]:
+        """Epochs and learning rate after the pruning."""
+        settings = self.settings
+        if method.criterion in UNTRAINED:
+            return settings.dense_epochs + settings.tuning_epochs, settings.dense_lr
+        return settings.tuning_epochs, settings.tuning_lr
+
     def source(self, method: Method) -> nn.Module:
         """A copy of the model to prune."""
+        if method.criterion in UNTRAINED:
+            return copy.deepcopy(self.initial)
         if method.criterion != "Slim":
             return copy.deepcopy(self.dense)
         return copy.deepcopy(self.sparse if method.tool == "compress" else self.peer_sparse)
 
     def pruner(self, method: Method, model: nn.Module, sparsity: float) -> Pruner:
-        kind, options = FILTERS[method.criterion], self.options(FILTERS[method.criterion])
+        kind: type[Pruner] = pruners.SNIPFilterPruner
+        if method.criterion not in UNTRAINED:
+            kind = FILTERS[method.criterion]
+        options = self.options(kind)
         mode = method.mode.partition(",")[0]
         config_list: list[dict[str, Any]] = [{"op_types": ["default"]}]
         if method.mode in ONE_RANKING:
@@ -302,7 +319,7 @@ class Trial:
     def without_weights(self, method: Method, sparsity: float) -> tuple[nn.Module, float]:
         """Fine-tuned under the masks, then sped up. Movement's training is half of the tuning."""
         kind, mode = WEIGHTS[method.criterion]
-        epochs, rate = self.settings.tuning_epochs, self.settings.tuning_lr
+        epochs, rate = self.tuning(method)
         options = self.options(kind)
         if kind is pruners.MovementPruner:
             moving, epochs = epochs // 2, epochs - epochs // 2
@@ -310,7 +327,7 @@ class Trial:
         types = ["Linear"] if "linear" in method.criterion else ["Conv2d", "Linear"]
         key = "total_sparsity" if mode in ONE_RANKING else "sparsity_per_layer"
         config_list = [{key: sparsity, "op_types": types}]
-        pruner = kind(copy.deepcopy(self.dense), config_list, mode=mode, **options)
+        pruner = kind(self.source(method), config_list, mode=mode, **options)
         model, masks = pruner.compress()
         before = self.accuracy(model)
         self.train(model, epochs, rate)

