@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import fx
@@ -150,12 +151,26 @@ class Decision:
             alive = np.asarray(both.any(axis=1))
         target = max(int(counts[alive].max(initial=0)), 1)
         lacking = [
-            equal.parts[i][~kept[i]][: target - counts[i]]
+            self._some(equal.parts[i][~kept[i]], target - counts[i])
             for i in np.flatnonzero(alive & (counts < target))
         ]
         if not lacking:
             return False
         return self._restore(np.concatenate(lacking), "evens out the parts at", equal.node)
+
+    def _some(self, gone: Labels, wanted: int) -> Labels:
+        """So many labels to restore; of a grid only one, as others come back with it."""
+        first = gone[:wanted]
+        return first[:1] if self._gridded[self.root[first]].any() else first
+
+    @cached_property
+    def _gridded(self) -> np.ndarray:
+        """Bool, by root: whether the label is a cell, row or column of a grid."""
+        found = np.zeros(self.graph.space.size, bool)
+        for grid in self.graph.space.grids:
+            for labels in (grid.cells.reshape(-1), grid.rows, grid.columns):
+                found[self.root[labels]] = True
+        return found
 
     def _keep_one(self) -> bool:
         changed = False

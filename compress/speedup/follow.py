@@ -248,9 +248,11 @@ class Follower:
         size = read.meta["shape"][axis]
         if node.meta["name"] not in ("view", "reshape"):
             return None
-        if expected_shape(decision, read)[axis] == size:  # then it is not what went wrong
-            return None
         source, shape = Call(node).first, node.meta["shape"]
+        members = vars(self.graph.modules[node.meta["module"]]).values()
+        held = any(type(value) is int and value == shape[-1] for value in members)
+        if held and expected_shape(decision, read)[axis] == size:
+            return None  # it is counted by an attribute
         for left, right in regroup(source.meta["shape"], shape):
             labels = self.graph.axis(source, left[0]) if len(left) == 1 < len(right) else None
             inner = [prod(shape[a] for a in right[i:]) for i in range(len(right) - 1)]
