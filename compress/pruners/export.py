@@ -58,10 +58,12 @@ class MaskedModel(ABC):
             device: where to run the ONNX export; where the model is, by default.
 
         Raises:
-            CompressError: `compress` has not been called, or what ONNX needs is missing; nothing is
-                written then.
+            CompressError: nothing is masked yet, or what ONNX needs is missing; nothing is written
+                then.
         """
         masks = self.masks
+        if not masks:
+            raise CompressError(f"{type(self).__name__} has no masks yet; call compress() first")
         if onnx_path is not None:
             _check_onnx(input_shape)
         state = masked_state_dict(self.model)
