@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -51,7 +51,8 @@ def write_state(path: str | os.PathLike[str], key: Mapping[str, Any], state: Any
     metadata |= {"key": json.dumps(key), "state": json.dumps(encoded)}
     _remove_leftovers(Path(path))
     try:
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        # save_file() would write to a file of a name of its own first, which a kill would leave.
+        write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
     except (OSError, SafetensorError) as error:
         raise StateError(f"{os.fspath(path)}: the state cannot be saved: {error}") from error
 
