@@ -54,8 +54,6 @@ class _Masked(torch.autograd.Function):
     prediction can guess.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(raw: Tensor, mask: Tensor) -> Tensor:
         return (raw.view(_BITS[raw.dtype]) * mask).view(raw.dtype)
@@ -73,6 +71,14 @@ class _Masked(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         masked: Tensor = _Masked.apply(tangent, *ctx.saved_tensors)
         return masked
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None], raw: Tensor, mask: Tensor
+    ) -> tuple[Tensor, int]:
+        pairs = zip((raw, mask), in_dims, strict=True)
+        batched = (t if axis is None else t.movedim(axis, 0) for t, axis in pairs)
+        return _Masked.apply(*batched), 0
 
 
 _BITS = {
