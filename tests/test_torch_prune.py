@@ -279,3 +279,8 @@ def test_errors_say_what_to_do() -> None:
     model[0].weight_mask.mul_(0.5)
     with pytest.raises(MaskError, match=r"'0\.weight': got .* neither 0 nor 1"):
         Masks.from_torch_prune(model)
+
+
+def test_what_is_no_model_is_refused_by_name() -> None:
+    with pytest.raises(MaskError, match=r"model: got int; expected a torch\.nn\.Module"):
+        Masks.from_torch_prune(3)  # type: ignore[arg-type]

@@ -208,3 +208,11 @@ def test_wrong_plans_are_refused_and_nothing_is_frozen() -> None:
     with pytest.raises(ConfigError, match="'heads': the model has no module of this name; did you"):
         unfreeze_around(model, plan, classifier="heads")
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_arguments_of_other_kinds_are_refused_by_name() -> None:
+    model: Any = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"model: got generator; expected the torch\.nn\.Module"):
+        clip_grad_adaptive(model.parameters())
+    with pytest.raises(ConfigError, match=r"plan: got NoneType; expected speedup\.plan"):
+        unfreeze_around(model, None)  # type: ignore[arg-type]

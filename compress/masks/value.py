@@ -246,6 +246,8 @@ class Masks(Mapping[str, Mapping[str, Tensor]]):
             MaskError: nothing in the model is pruned so; a mask is not of 0 and 1; a parameter that
                 modules share is pruned in one of them only, or in another way.
         """
+        if not isinstance(model, nn.Module):
+            raise MaskError(f"model: got {type(model).__name__}; expected a torch.nn.Module")
         found = torch_masks(model)
         if not found:
             raise MaskError(

@@ -55,8 +55,14 @@ def clip_grad_adaptive(
         exclude: module paths whose parameters are left alone; the paper leaves the last layer.
 
     Raises:
-        ConfigError: ``clip_factor`` or ``eps`` is not above 0, or ``exclude`` names no module.
+        ConfigError: ``clip_factor`` or ``eps`` is not above 0, ``exclude`` names no module, or
+            ``model`` is none.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model: got {type(model).__name__}; expected the torch.nn.Module itself, since units "
+            "are told by its layers"
+        )
     _check_positive("clip_factor", clip_factor)
     _check_positive("eps", eps)
     left_alone = within(model, exclude)

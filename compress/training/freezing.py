@@ -55,6 +55,8 @@ def unfreeze_around(model: nn.Module, plan: Plan, classifier: str | None = None)
     Raises:
         ConfigError: the plan changes nothing, or is of another model, or there is no such module.
     """
+    if not isinstance(plan, Plan):
+        raise ConfigError(f"plan: got {type(plan).__name__}; expected speedup.plan")
     changed = _changed_modules(model, plan)
     layers = _in_order(model)
     last = [path for path, module in layers if _has_matrix(module)][-1:]
