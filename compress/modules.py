@@ -220,11 +220,17 @@ def replace_class(
     return undo
 
 
+def stand_in_state(module: nn.Module) -> dict[str, Any]:
+    """What a module's stand-in holds besides what the module does; nothing where it has none."""
+    kind = STAND_INS.get(type(module))
+    return {} if kind is None else kind.state_of(module)  # type: ignore[arg-type]
+
+
 @contextmanager
 def standing_in(model: nn.Module) -> Iterator[None]:
     """Stand-ins in place of all modules of a model that have one."""
     undo = [
-        replace_class(module, kind, kind.state_of(module))  # type: ignore[arg-type]
+        replace_class(module, kind, stand_in_state(module))
         for module in model.modules()
         if (kind := STAND_INS.get(type(module))) is not None
     ]

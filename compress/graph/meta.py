@@ -43,10 +43,6 @@ def _quick(*names: str) -> Callable[[Quick], Quick]:
     return register
 
 
-def _like(first: Tensor, shape: Sequence[int]) -> Tensor:
-    return first.new_empty(shape)
-
-
 def _plain(*tensors: Any) -> bool:
     """Whether all are on meta, of the first one's dtype, and in torch's default layout."""
     dtype = tensors[0].dtype
@@ -62,9 +58,10 @@ def _plain(*tensors: Any) -> bool:
 
 @_quick("relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "elu", "leaky_relu",
         "mish", "selu", "celu")  # fmt: skip
-def _activation(first: Tensor, *_: Any, inplace: bool = False, **__: Any) -> Tensor | None:
-    # F.relu(x, True): in place by position.
-    return None if any(v is True for v in _) else first if inplace else torch.empty_like(first)
+def _activation(first: Tensor, *rest: Any, inplace: bool = False, **_: Any) -> Tensor | None:
+    if any(value is True for value in rest):  # F.relu(x, True): in place, by position
+        return None
+    return first if inplace else torch.empty_like(first)
 
 
 @_quick("batch_norm", "instance_norm")
@@ -121,7 +118,7 @@ def _binary(first: Tensor, other: Any) -> Tensor | None:
     if first.shape == other.shape:
         return torch.empty_like(first)
     shape = _broadcast(first.shape, other.shape)
-    return None if shape is None or not _plain(first, other) else _like(first, shape)
+    return None if shape is None or not _plain(first, other) else first.new_empty(shape)
 
 
 def _broadcast(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
@@ -145,7 +142,7 @@ def _linear(first: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
         return None
-    return _like(first, (*first.shape[:-1], weight.shape[0]))
+    return first.new_empty((*first.shape[:-1], weight.shape[0]))
 
 
 @_quick("matmul")
@@ -155,7 +152,7 @@ def _matmul(first: Tensor, other: Tensor) -> Tensor | None:
         return None
     if first.dtype != other.dtype or not other.is_meta:
         return None
-    return _like(first, (*a[:-1], b[-1]))
+    return first.new_empty((*a[:-1], b[-1]))
 
 
 @_quick("scaled_dot_product_attention")
@@ -175,7 +172,7 @@ def _attention(
         return None
     # The kernels that run on real tensors lay the output out as the query, which torch's own answer
     # on meta does not tell.
-    return torch.empty_like(query) if v[3] == q[3] else _like(query, (*q[:3], v[3]))
+    return torch.empty_like(query) if v[3] == q[3] else query.new_empty((*q[:3], v[3]))
 
 
 @_quick("conv1d", "conv2d", "conv3d")
@@ -197,7 +194,7 @@ def _conv(
     ]  # fmt: skip
     if min(sizes) < 1 or (bias is not None and bias.shape != weight.shape[:1]):
         return None
-    return _like(first, (first.shape[0], weight.shape[0], *sizes))
+    return first.new_empty((first.shape[0], weight.shape[0], *sizes))
 
 
 # -- places --------------------------------------------------------------------------------
@@ -211,7 +208,7 @@ def _adaptive(first: Tensor, output_size: Any) -> Tensor | None:
     if places < 1 or len(sizes) != places or not _plain(first):
         return None
     kept = (s if size is None else size for size, s in zip(sizes, first.shape[2:], strict=True))
-    return _like(first, (*first.shape[:2], *kept))
+    return first.new_empty((*first.shape[:2], *kept))
 
 
 @_quick("interpolate")
@@ -222,7 +219,7 @@ def _interpolate(
     whole = isinstance(size, (tuple, list)) and all(isinstance(s, int) and s > 0 for s in size)
     if not whole or len(size) != first.dim() - 2 or scale_factor is not None or not _plain(first):
         return None
-    return _like(first, (*first.shape[:2], *size))
+    return first.new_empty((*first.shape[:2], *size))
 
 
 @_quick("mean")
@@ -234,7 +231,7 @@ def _mean(first: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | Non
         return None
     gone = {d % first.dim() for d in dims}
     sizes = (1 if i in gone else s for i, s in enumerate(first.shape) if keepdim or i not in gone)
-    return _like(first, tuple(sizes))
+    return first.new_empty(tuple(sizes))
 
 
 def _each(value: Any, places: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from compress.graph.labels import Axes, Axis, EqualParts, LabelSpace
 from compress.graph.shapes import normal_axis
-from compress.modules import STAND_INS
+from compress.modules import stand_in_state
 from compress.rules.registry import OPAQUE, Call, Rule, Value, rule, rule_for, shape_of
 
 if TYPE_CHECKING:
@@ -181,8 +181,7 @@ def _pin_scale(call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> No
 
 
 def _is_held(module: nn.Module, number: float) -> bool:
-    kind = STAND_INS.get(type(module))
-    held = {**vars(module), **(kind.state_of(module) if kind is not None else {})}  # type: ignore[arg-type]
+    held = {**vars(module), **stand_in_state(module)}
     return any(isinstance(v, float) and v == number for v in held.values())
 
 

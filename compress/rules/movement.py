@@ -49,6 +49,16 @@ class Reshape(Rule):
         sizes = call.rest(1, "shape") if call.name in ("view", "reshape") else ()
         return {i: s for i, s in enumerate(sizes) if isinstance(s, int) and s != -1}
 
+    def splits(self, call: Call) -> list[tuple[int, tuple[int, ...]]]:
+        if not self.given_sizes(call):
+            return []
+        groups = regroup(shape_of(call.first), call.shape)
+        return [
+            (left[0], tuple(call.shape[axis] for axis in right))
+            for left, right in groups
+            if len(left) == 1 < len(right)
+        ]
+
     def part_sizes(self, call: Call, shapes: Any) -> list[int]:
         """``view(self.bias_shape)``: the whole shape as one attribute."""
         given = self.given_sizes(call)

@@ -150,6 +150,10 @@ class Rule:
         """For calls that take a list of sizes: that list, for outputs of these shapes."""
         return []
 
+    def splits(self, call: Call) -> list[tuple[int, tuple[int, ...]]]:
+        """Axes of the first tensor that the caller's numbers take apart, with the sizes of each."""
+        return []
+
     def makes(self, call: Call) -> list[Units]:
         """For calls that make new units (channels, features) with weights: where they lie."""
         return []

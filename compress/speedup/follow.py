@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from compress.graph.channels import ChannelGraph
 from compress.graph.labels import Axis, EqualParts, Labels
-from compress.graph.shapes import regroup
 from compress.graph.trace import location
 from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
@@ -245,18 +244,14 @@ class Follower:
 
     def _split(self, decision: Decision, node: fx.Node, read: fx.Node, axis: int) -> Labels | None:
         """``qkv.reshape(b, n, 3, heads, c // heads)``: each third of the features are as x's."""
-        size = read.meta["shape"][axis]
-        if node.meta["name"] not in ("view", "reshape"):
-            return None
-        source, shape = Call(node).first, node.meta["shape"]
-        members = vars(self.graph.modules[node.meta["module"]]).values()
-        held = any(type(value) is int and value == shape[-1] for value in members)
-        if held and expected_shape(decision, read)[axis] == size:
-            return None  # it is counted by an attribute
-        for left, right in regroup(source.meta["shape"], shape):
-            labels = self.graph.axis(source, left[0]) if len(left) == 1 < len(right) else None
-            inner = [prod(shape[a] for a in right[i:]) for i in range(len(right) - 1)]
-            if labels is not None and size in inner:
+        call, size = Call(node), read.meta["shape"][axis]
+        members = vars(self.graph.modules[call.module]).values()
+        for source_axis, sizes in rule_for(call.name).splits(call):
+            held = any(type(value) is int and value == sizes[-1] for value in members)
+            if held and expected_shape(decision, read)[axis] == size:
+                continue  # it is counted by an attribute
+            labels = self.graph.axis(call.first, source_axis)
+            if labels is not None and size in [prod(sizes[i:]) for i in range(len(sizes) - 1)]:
                 return labels.reshape(-1, size)
         return None
 
