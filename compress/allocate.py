@@ -61,7 +61,7 @@ def balanced(scores: Mapping[str, Tensor], pruned: Mapping[str, int]) -> dict[st
     Raises:
         MaskError: names the layers with NaN or infinite scores.
     """
-    _check_finite({name: values.flatten() for name, values in scores.items()})
+    check_finite({name: values.flatten() for name, values in scores.items()})
     keep = {}
     for name, values in scores.items():
         lowest = values.argsort(dim=1, stable=True)[:, : pruned[name]]
@@ -85,7 +85,7 @@ def per_layer(
     Raises:
         MaskError: names the layers with NaN or infinite scores.
     """
-    _check_finite({name: scores[name] for name in sparsities})
+    check_finite({name: scores[name] for name in sparsities})
     return {
         name: keep_highest(
             scores[name],
@@ -122,7 +122,7 @@ def global_(
         ConfigError: the limits of the layers do not allow it; says what they do allow.
         MaskError: names the layers with NaN or infinite scores.
     """
-    _check_finite(scores)
+    check_finite(scores)
     limits = {} if max_sparsity is None else max_sparsity
     ladders = {}
     for name, values in scores.items():
@@ -255,7 +255,8 @@ def _shown(limit: Limit) -> str:
     return " to ".join(str(value) for value in sorted({min(each), max(each)}))
 
 
-def _check_finite(scores: Mapping[str, Tensor]) -> None:
+def check_finite(scores: Mapping[str, Tensor]) -> None:
+    """Raise MaskError, which names the layers with NaN or infinite scores, if there are any."""
     bad = [
         f"{name!r} ({int((~values.isfinite()).sum())} of {len(values)} units)"
         for name, values in scores.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -429,20 +428,25 @@ def test_dependency_aware_asks_the_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.rand(1, 3, 8, 8)
     calls: list[dict[str, Any]] = []
 
-    def coupled_masks(
-        model: nn.Module, targets: Any, scores: Any, dummy_input: Any, **options: Any
-    ) -> tuple[dict[str, Tensor], Masks]:
-        assert not parametrize.is_parametrized(model[0])
-        calls.append({"scores": scores, "input": dummy_input, **options})
-        keep = {target.name: scores[target.name] > 0 for target in targets}
-        return keep, Masks({"1": {"weight": torch.zeros(6), "bias": torch.zeros(6)}})
+    class Coupling:
+        def __init__(
+            self, model: nn.Module, targets: Any, scores: Any, dummy_input: Any, **options: Any
+        ) -> None:
+            assert not parametrize.is_parametrized(model[0])
+            calls.append({"scores": scores, "input": dummy_input, **options})
+            self.kept = {target.name: scores[target.name] > 0 for target in targets}
 
-    class Module:
-        pass
+        def choose(self) -> str:
+            return "gone"
 
-    fake: Any = Module()
-    fake.coupled_masks = coupled_masks
-    monkeypatch.setitem(sys.modules, "compress.pruners.dependency", fake)
+        def keep(self, gone: str) -> dict[str, Tensor]:
+            assert gone == "gone"
+            return self.kept
+
+        def following(self, gone: str) -> Masks:
+            return Masks({"1": {"weight": torch.zeros(6), "bias": torch.zeros(6)}})
+
+    monkeypatch.setattr("compress.pruners.dependency.Coupling", Coupling)
     pruner = L1FilterPruner(model, HALF, dependency_aware=True, dummy_input=x, round_to=2)
     assert pruner.mode == "dependency_aware"
     for _ in range(2):

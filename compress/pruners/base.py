@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from compress import allocate
@@ -18,6 +19,9 @@ from compress.config_entry import Entry
 from compress.errors import CompressError, ConfigError
 from compress.masks import Masks, applied_masks, raw_parameter, suspend_masks
 from compress.pruners.export import MaskedModel
+
+if TYPE_CHECKING:
+    from compress.pruners.dependency import Coupling
 
 MODES = ("normal", "global", "dependency_aware", "isomorphic")
 
@@ -37,6 +41,19 @@ class Layer:
     module: nn.Module
     weight: Tensor
     mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ScoredAtoms:
+    """What can go of a model and what it is worth, and the masks without it.
+
+    Attributes:
+        coupling: the atoms, their scores, and `Coupling.choose`.
+        masks: the masks for a ``gone`` of the coupling, with those that the model had before.
+    """
+
+    coupling: Coupling
+    masks: Callable[[np.ndarray], Masks]
 
 
 def foreign_layers() -> tuple[type[nn.Module], ...]:
@@ -173,23 +190,36 @@ class Pruner(MaskedModel, ABC):
             ConfigError: a ``total_sparsity`` cannot be reached.
             MaskError: a layer has NaN or infinite scores.
         """
+        self._prepare()
         before = self._masks_before()
-        layers = self._layers(before)
-        scores = self._masked_first(
-            layers, {name: self.score(layer) for name, layer in layers.items()}
-        )
+        layers, scores = self._scored(before)
         keep, extra = self._allocate(layers, scores)
-        entries: dict[str, dict[str, Tensor]] = {}
-        modules = dict(self.model.named_modules())
-        for target in self.targets:
-            layer = layers[target.name]
-            for name in (target.name, *target.tied):
-                one = Layer(name, modules[name], layer.weight)
-                entries[name] = self.expand(one, keep[target.name])
-        masks = Masks(entries)
-        masks &= extra
-        masks &= before
-        return masks
+        return self._masks_of(layers, keep, extra, before)
+
+    def scored_atoms(self) -> ScoredAtoms:
+        """The scores of now, kept: the masks of other sparsities follow without new ones.
+
+        Only in the modes that run the model.
+
+        Raises:
+            ConfigError: the mode is none of these.
+            MaskError: a layer has NaN or infinite scores.
+        """
+        if not self.runs_the_model:
+            raise ConfigError(
+                f"scored_atoms: mode {self.mode!r} does not see what goes together; make the "
+                "pruner with mode='dependency_aware' and a dummy_input"
+            )
+        self._prepare()
+        before = self._masks_before()
+        layers, scores = self._scored(before)
+        coupling = self._coupling(scores)
+        return ScoredAtoms(
+            coupling,
+            lambda gone: self._masks_of(
+                layers, coupling.keep(gone), coupling.following(gone), before
+            ),
+        )
 
     def compress(self) -> tuple[nn.Module, Masks]:
         """Mask the model, in place.
@@ -215,6 +245,30 @@ class Pruner(MaskedModel, ABC):
                 raise
         self._before, self._masks = before, masks
         return self.model, self.masks
+
+    def _prepare(self) -> None:
+        """What scoring needs first: measuring, say; the model is as before."""
+
+    def _scored(self, before: Masks) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+        layers = self._layers(before)
+        scores = {name: self.score(layer) for name, layer in layers.items()}
+        return layers, self._masked_first(layers, scores)
+
+    def _masks_of(
+        self, layers: Mapping[str, Layer], keep: Mapping[str, Tensor], extra: Masks, before: Masks
+    ) -> Masks:
+        """The masks where these units of the layers stay."""
+        entries: dict[str, dict[str, Tensor]] = {}
+        modules = dict(self.model.named_modules())
+        for target in self.targets:
+            layer = layers[target.name]
+            for name in (target.name, *target.tied):
+                one = Layer(name, modules[name], layer.weight)
+                entries[name] = self.expand(one, keep[target.name])
+        masks = Masks(entries)
+        masks &= extra
+        masks &= before
+        return masks
 
     def _check_arguments(self) -> None:
         problems = []
@@ -302,7 +356,9 @@ class Pruner(MaskedModel, ABC):
     ) -> tuple[dict[str, Tensor], Masks]:
         """A keep vector for every target, and masks of other parameters that follow from them."""
         if self.runs_the_model:
-            return self._allocate_coupled(scores)
+            coupling = self._coupling(scores)
+            gone = coupling.choose()
+            return coupling.keep(gone), coupling.following(gone)
         keep = allocate.per_layer(
             scores,
             {one.name: one.sparsity for one in self.targets if one.sparsity is not None},
@@ -338,13 +394,14 @@ class Pruner(MaskedModel, ABC):
             "min_channels": {n: -(-self.min_channels // size) for n, size in sizes.items()},
         }
 
-    def _allocate_coupled(self, scores: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Masks]:
+    def _coupling(self, scores: Mapping[str, Tensor]) -> Coupling:
         # Imported here: it needs the graph engine, which the other modes do without.
-        from compress.pruners.dependency import coupled_masks
+        from compress.pruners.dependency import Coupling
 
+        allocate.check_finite(scores)
         # The graph is that of the plain model, whatever masks are on it.
         with suspend_masks(self.model):
-            keep, extra = coupled_masks(
+            return Coupling(
                 self.model,
                 self.targets,
                 scores,
@@ -355,7 +412,6 @@ class Pruner(MaskedModel, ABC):
                 whole_heads=self._whole_heads,
                 isomorphic=self.mode == "isomorphic",
             )
-        return dict(keep), Masks.coerce(extra)
 
 
 def raise_all(who: str, problems: list[str]) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from compress import criteria
 from compress.errors import CompressError, ConfigError
 from compress.evaluator import Evaluator, as_evaluator, device_of
-from compress.masks import Masks, applied_masks, raw_parameter, suspend_masks
+from compress.masks import applied_masks, raw_parameter, suspend_masks
 from compress.progress import progress_bar
 from compress.pruners.base import Layer, Pruner
 from compress.pruners.oneshot import ChannelPruner, filter_axis
@@ -139,15 +139,9 @@ class MeasuringPruner(DataPruner):
         self.training_batches = training_batches
         super().__init__(model, config_list, evaluator, **arguments)
 
-    def calc_masks(self) -> Masks:
-        """As `Pruner.calc_masks`, after measuring.
-
-        Raises:
-            CompressError: as there; or a selected layer was not used in the batches.
-        """
+    def _prepare(self) -> None:
         with self._as_before():
             self._measure()
-        return super().calc_masks()
 
     @abstractmethod
     def _measure(self) -> None:

@@ -29,82 +29,131 @@ from compress.pruners.structure import head_grids, join_blocks_of, structure_cla
 
 @dataclass
 class _Layer:
-    """One target: its units' label roots and scores, and how many units it may still lose."""
+    """One target: its units' label roots and scores, and what limits how many may go."""
 
     name: str
     roots: np.ndarray
     scores: np.ndarray
-    budget: int
+    sparsity: float | None
+    max_sparsity: float
     group: int | None
     weights_per_unit: int
+    step: int
+
+    def budget(self, sparsity: float | None, min_channels: int) -> int:
+        """How many units it may lose; None is as many as its limit allows."""
+        units = len(self.scores)
+        sparsity = min(self.max_sparsity if sparsity is None else sparsity, 1 - 1 / units)
+        return units - allocate.keep_count(units, sparsity, self.step, min_channels)
 
 
-def coupled_masks(
-    model: nn.Module,
-    targets: Targets,
-    scores: Mapping[str, torch.Tensor],
-    dummy_input: Any,
-    *,
-    round_to: int,
-    min_channels: int,
-    blocks: Mapping[str, int],
-    whole_heads: bool,
-    isomorphic: bool,
-) -> tuple[dict[str, torch.Tensor], Masks]:
-    """Keep vectors (units,) for every target, and the masks of what follows their channels.
+class Coupling:
+    """What of a config_list's layers can only go together, and what each of it is worth.
 
-    ``blocks``: how many neighbouring units of a layer go together. ``whole_heads``: of attention,
-    heads go and not their dims. ``isomorphic``: a total sparsity is that of each kind of structure
-    by itself (see `structure_classes`), and scores are as they are, not divided by a layer's mean.
+    An atom is a set of units, of one layer or of several, that go together or not at all. Which go
+    is said by a bool array over the labels of the graph, ``gone``, which is True at atoms' roots.
 
-    No layer loses more than its sparsity allows, so that coupled layers with different sparsities
-    lose what the smallest allows. A layer of which nothing can go (the model's output) is left
-    alone, with a warning.
+    Attributes:
+        graph: of the plain model.
+        layers: the targets.
+        roots: int (labels,): the atom of each label.
+        fixed: bool (labels,): the atoms that cannot go.
+
+    Args:
+        blocks: how many neighbouring units of a layer go together.
+        whole_heads: of attention, heads go and not their dims.
+        isomorphic: a total sparsity is that of each kind of structure by itself (see
+            `structure_classes`), and scores are as they are, not divided by a layer's mean.
     """
-    graph = ChannelGraph(model, dummy_input)
-    steps = {t.name: math.lcm(round_to, blocks.get(t.name, 1)) for t in targets}
-    layers = [_layer(graph, t, scores[t.name], steps[t.name], min_channels) for t in targets]
-    if isomorphic:
-        for layer in layers:
-            layer.scores = scores[layer.name].detach().double().cpu().numpy()
-    units = {layer.name: _units(graph, layer.name, len(layer.scores)) for layer in layers}
-    roots = join_grids(graph, head_grids(graph) if whole_heads else None)
-    roots = join_blocks_of(roots, units, blocks)
-    roots = _join_equal_parts(graph, roots, layers)
-    for layer, target in zip(layers, targets, strict=True):
-        layer.roots = roots[units[target.name]]
-    classes = structure_classes(graph, roots) if isomorphic else np.zeros(len(roots), np.int64)
-    shares = _shares(layers, targets, classes)
-    fixed = _unremovable(graph, roots, targets)
-    gone = _choose(layers, fixed, shares, classes)
-    # Under a total sparsity a layer may be left alone because others are worth less.
-    able = [x for x in layers if x.group is None or fixed[x.roots].all()]
-    _warn_of_untouched(able, gone, graph, _target_paths(targets))
-    keep = {
-        layer.name: torch.from_numpy(~gone[layer.roots]).to(scores[layer.name].device)
-        for layer in layers
-    }
-    return keep, _following_masks(graph, roots, gone, _target_paths(targets))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        scores: Mapping[str, torch.Tensor],
+        dummy_input: Any,
+        *,
+        round_to: int,
+        min_channels: int,
+        blocks: Mapping[str, int],
+        whole_heads: bool,
+        isomorphic: bool,
+    ) -> None:
+        self.graph = graph = ChannelGraph(model, dummy_input)
+        self.targets, self.min_channels = targets, min_channels
+        steps = {t.name: math.lcm(round_to, blocks.get(t.name, 1)) for t in targets}
+        self.layers = [_layer(graph, t, scores[t.name], steps[t.name], isomorphic) for t in targets]
+        units = {layer.name: _units(graph, layer.name, len(layer.scores)) for layer in self.layers}
+        roots = join_grids(graph, head_grids(graph) if whole_heads else None)
+        roots = join_blocks_of(roots, units, blocks)
+        self.roots = _join_equal_parts(graph, roots, self.layers)
+        for layer in self.layers:
+            layer.roots = self.roots[units[layer.name]]
+        self._classes = np.zeros(len(self.roots), np.int64)
+        if isomorphic:
+            self._classes = structure_classes(graph, self.roots)
+        self.fixed = _unremovable(graph, self.roots, targets)
+        self._devices = {name: values.device for name, values in scores.items()}
+
+    def choose(self, sparsities: Mapping[str, float] | None = None) -> np.ndarray:
+        """What goes: the lowest scores first, while all their layers may lose them.
+
+        No layer loses more than its sparsity allows, so that coupled layers with different
+        sparsities lose what the smallest allows. A layer of which nothing can go (the model's
+        output) is left alone, with a warning.
+
+        Args:
+            sparsities: by layer, in the place of those of the config_list; a layer that is not
+                named keeps all its units.
+        """
+        wanted = {x.name: x.sparsity for x in self.layers}
+        grouped = sparsities is None
+        if sparsities is not None:
+            wanted = {x.name: sparsities.get(x.name, 0.0) for x in self.layers}
+        budgets = [x.budget(wanted[x.name], self.min_channels) for x in self.layers]
+        shares = _shares(self.layers, self.targets, self._classes) if grouped else {}
+        gone = _choose(self.layers, budgets, self.fixed, shares, self._classes)
+        if grouped:
+            self._warn_of_untouched(budgets, gone)
+        return gone
+
+    def keep(self, gone: np.ndarray) -> dict[str, torch.Tensor]:
+        """Keep vectors (units,) of every target."""
+        return {
+            layer.name: torch.from_numpy(~gone[layer.roots]).to(self._devices[layer.name])
+            for layer in self.layers
+        }
+
+    def following(self, gone: np.ndarray) -> Masks:
+        """The masks of all other parameters along what goes."""
+        return _following_masks(self.graph, self.roots, gone, _target_paths(self.targets))
+
+    def _warn_of_untouched(self, budgets: list[int], gone: np.ndarray) -> None:
+        # Under a total sparsity a layer may be left alone because others are worth less.
+        for layer, budget in zip(self.layers, budgets, strict=True):
+            able = layer.group is None or self.fixed[layer.roots].all()
+            if able and budget > 0 and not gone[layer.roots].any():
+                reason = _why_untouched(self.graph, layer.name, _target_paths(self.targets))
+                warnings.warn(
+                    f"the pruner masks nothing of {layer.name!r}: it {reason}", stacklevel=2
+                )
 
 
 def _layer(
-    graph: ChannelGraph, target: Target, scores: torch.Tensor, round_to: int, min_channels: int
+    graph: ChannelGraph, target: Target, scores: torch.Tensor, step: int, isomorphic: bool
 ) -> _Layer:
     units = len(scores)
-    sparsity = target.sparsity
-    if sparsity is None:
-        sparsity = target.max_sparsity if target.max_sparsity is not None else 1.0
-    sparsity = min(sparsity, 1 - 1 / units)
-    budget = units - allocate.keep_count(units, sparsity, round_to, min_channels)
     values = scores.detach().double().cpu().numpy()
     mean = values.mean()
     return _Layer(
         name=target.name,
         roots=graph.root[_units(graph, target.name, units)],
-        scores=values / mean if mean > 0 else values,
-        budget=budget,
+        scores=values / mean if mean > 0 and not isomorphic else values,
+        sparsity=target.sparsity,
+        max_sparsity=1.0 if target.max_sparsity is None else target.max_sparsity,
         group=target.group,
         weights_per_unit=_weight(graph, target.name).numel() // units,
+        step=step,
     )
 
 
@@ -228,7 +277,11 @@ def _shares(layers: list[_Layer], targets: Targets, classes: np.ndarray) -> dict
 
 
 def _choose(
-    layers: list[_Layer], fixed: np.ndarray, shares: dict[_Share, int], classes: np.ndarray
+    layers: list[_Layer],
+    budgets: list[int],
+    fixed: np.ndarray,
+    shares: dict[_Share, int],
+    classes: np.ndarray,
 ) -> np.ndarray:
     """Bool (labels,), the roots to mask: lowest scores first, while all their layers may lose them.
 
@@ -247,13 +300,15 @@ def _choose(
     pairs, numbers = np.unique(index * len(layers) + owner, return_counts=True)
     for pair, number in zip(pairs.tolist(), numbers.tolist(), strict=True):
         needs[pair // len(layers)].append((pair % len(layers), number))
-    budget = [x.budget for x in layers]
+    budget = list(budgets)
     left = dict(shares)
     gone = np.zeros(len(fixed), bool)
     for atom in np.argsort(mean, kind="stable").tolist():
         if blocked[atom] or any(number > budget[i] for i, number in needs[atom]):
             continue
-        weights = _weights_by_share(layers, needs[atom], int(classes[atoms[atom]]))
+        weights = {}
+        if shares:
+            weights = _weights_by_share(layers, needs[atom], int(classes[atoms[atom]]))
         if any(weight > left[share] for share, weight in weights.items()):
             continue
         for i, number in needs[atom]:
@@ -276,24 +331,21 @@ def _weights_by_share(
     return weights
 
 
-def _warn_of_untouched(
-    layers: list[_Layer], gone: np.ndarray, graph: ChannelGraph, targets: set[str]
-) -> None:
-    for layer in (x for x in layers if x.budget > 0 and not gone[x.roots].any()):
-        labels = _units(graph, layer.name, len(_weight(graph, layer.name)))
-        pinned = labels[graph.root[labels] == graph.root[0]]
-        if shared := _shared_with(graph, layer.name):
-            reason = f"shares its weight with {shared!r}, which decides about both"
-        elif not labels.any():
-            reason = "runs in no way that the graph knows"
-        elif len(pinned):
-            reason = graph.pin_reason(int(pinned[0]))
-        elif others := _coupled_besides(graph, layer.name, targets):
-            reason = f"is coupled with {', '.join(map(repr, others))}, not to be pruned: select "
-            reason += "those, too, if they may shrink with it"
-        else:
-            reason = "is coupled with a layer that is not to be pruned, or in too large steps"
-        warnings.warn(f"the pruner masks nothing of {layer.name!r}: it {reason}", stacklevel=2)
+def _why_untouched(graph: ChannelGraph, name: str, targets: set[str]) -> str:
+    labels = _units(graph, name, len(_weight(graph, name)))
+    pinned = labels[graph.root[labels] == graph.root[0]]
+    if shared := _shared_with(graph, name):
+        return f"shares its weight with {shared!r}, which decides about both"
+    if not labels.any():
+        return "runs in no way that the graph knows"
+    if len(pinned):
+        return graph.pin_reason(int(pinned[0]))
+    if others := _coupled_besides(graph, name, targets):
+        return (
+            f"is coupled with {', '.join(map(repr, others))}, not to be pruned: select those, too, "
+            "if they may shrink with it"
+        )
+    return "is coupled with a layer that is not to be pruned, or in too large steps"
 
 
 def _shared_with(graph: ChannelGraph, name: str) -> str:

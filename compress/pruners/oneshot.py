@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress import criteria
 from compress.allocate import expand_filters
-from compress.masks import Masks, raw_parameter
+from compress.masks import raw_parameter
 from compress.pruners.base import Layer, foreign_layers
 from compress.pruners.blocks import BlockPruner, PatternPruner
 
@@ -153,9 +153,8 @@ class RandomFilterPruner(FilterPruner):
         self.seed = seed
         self._generator = torch.Generator()
 
-    def calc_masks(self) -> Masks:
+    def _prepare(self) -> None:
         self._generator.manual_seed(self.seed)
-        return super().calc_masks()
 
     def criterion(self, weight: Tensor, axis: int, groups: int) -> Tensor:
         return criteria.random(weight, axis, groups, generator=self._generator)

@@ -142,17 +142,11 @@ class MovementPruner(TrainingPruner, WeightPruner):
     def score(self, layer: Layer) -> Tensor:
         return self._scores[layer.name]
 
-    def calc_masks(self) -> Masks:
-        """The masks by what the last `compress` saw in its training.
-
-        Raises:
-            CompressError: there was none, or as `Pruner.calc_masks`.
-        """
+    def _prepare(self) -> None:
         if not hasattr(self, "_scores"):
             raise CompressError(
                 "MovementPruner has no scores yet: they come from training, which compress() does"
             )
-        return super().calc_masks()
 
     def _train(self) -> None:
         self._trained = self._weights()
