@@ -34,6 +34,10 @@ class StateError(CompressError, ValueError):
     """A saved state cannot be read, or belongs to something else; nothing has been changed."""
 
 
+class SearchError(CompressError, RuntimeError):
+    """A search cannot go on: of its evaluator, its workers or its files; the model is untouched."""
+
+
 class TraceError(CompressError, RuntimeError):
     """The model could not be run and recorded on the dummy input."""
 

@@ -267,8 +267,8 @@ class Evaluator:
                     optimizer.step()
                     advance()
 
-    def evaluate(self, model: nn.Module) -> float:
-        """The user's score of the model, higher is better; nothing is changed by it.
+    def evaluate(self, model: nn.Module) -> Any:
+        """The user's score of the model, as ``eval_fn`` returns it; nothing is changed by it.
 
         Raises:
             ConfigError: there is no ``eval_fn``.
@@ -279,7 +279,7 @@ class Evaluator:
                 "(evaluator=lambda model: ... to a pruner); it returns a number, higher is better"
             )
         with self.measuring(model), torch.no_grad():
-            return float(self.eval_fn(model))
+            return self.eval_fn(model)
 
 
 class TrainerEvaluator(Evaluator):

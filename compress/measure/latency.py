@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -67,6 +68,20 @@ def latencies(
             count = 1 + min(_PASSES_IN_TURN, repeats - done)
             samples[name] += _passes_ms(model, dummy_input, count)[1:]
     return {name: _latency(samples[name], models[name], dummy_input) for name in models}
+
+
+@contextmanager
+def stopwatch() -> Iterator[Callable[[], float]]:
+    """Give a function that returns the seconds since the begin; after the end, the whole time."""
+    begin, end = time.perf_counter(), None
+
+    def elapsed() -> float:
+        return (time.perf_counter() if end is None else end) - begin
+
+    try:
+        yield elapsed
+    finally:
+        end = time.perf_counter()
 
 
 def _passes_ms(model: nn.Module, dummy_input: Any, count: int) -> list[float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,16 +106,23 @@ class Coupling:
             sparsities: by layer, in the place of those of the config_list; a layer that is not
                 named keeps all its units.
         """
-        wanted = {x.name: x.sparsity for x in self.layers}
-        grouped = sparsities is None
         if sparsities is not None:
-            wanted = {x.name: sparsities.get(x.name, 0.0) for x in self.layers}
-        budgets = [x.budget(wanted[x.name], self.min_channels) for x in self.layers]
-        shares = _shares(self.layers, self.targets, self._classes) if grouped else {}
+            layers = self._sharing_atoms(sparsities)
+            budgets = [x.budget(sparsities.get(x.name, 0.0), self.min_channels) for x in layers]
+            return _choose(layers, budgets, self.fixed, {}, self._classes)
+        budgets = [x.budget(x.sparsity, self.min_channels) for x in self.layers]
+        shares = _shares(self.layers, self.targets, self._classes)
         gone = _choose(self.layers, budgets, self.fixed, shares, self._classes)
-        if grouped:
-            self._warn_of_untouched(budgets, gone)
+        self._warn_of_untouched(budgets, gone)
         return gone
+
+    def _sharing_atoms(self, names: Container[str]) -> list[_Layer]:
+        """The layers that have an atom of one of these."""
+        atoms = np.zeros(len(self.roots), bool)
+        for layer in self.layers:
+            if layer.name in names:
+                atoms[layer.roots] = True
+        return [x for x in self.layers if atoms[x.roots].any()]
 
     def keep(self, gone: np.ndarray) -> dict[str, torch.Tensor]:
         """Keep vectors (units,) of every target."""

@@ -23,6 +23,7 @@ from compress.speedup.decide import Limits
 from compress.speedup.optimizer import check_optimizer, slice_optimizer
 from compress.speedup.plan import Plan, same_plan
 from compress.speedup.report import Report, make_report, parameter_counts
+from compress.speedup.surgery import by_leaf
 from compress.speedup.verify import Verifier
 from compress.speedup.why import explain_decision
 
@@ -169,7 +170,7 @@ class ModelSpeedup:
         suspended = suspend_masks(self.model)
         try:
             with _collector_paused(), torch.inference_mode(False):
-                flat = self._by_leaf(self._all_masks(suspended.masks))
+                flat = by_leaf(self.model, self._all_masks(suspended.masks))
                 before = self._shapes()
                 cutter = Cutter(self.model, self.dummy_input, flat, self.options)
                 cut = cutter.cut(always_replay=True)
@@ -184,7 +185,7 @@ class ModelSpeedup:
         """``advance`` is called after the trace, after the cut and after the comparison."""
         if self.optimizer is not None:
             check_optimizer(self.optimizer, self.model)
-        flat, before = self._by_leaf(masks), self._shapes()
+        flat, before = by_leaf(self.model, masks), self._shapes()
         cutter = self._renewed_cutter(flat)
         advance()
         exact, verifier = self.options.exact and self.options.constants == "exact", None
@@ -251,18 +252,6 @@ class ModelSpeedup:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {path: tuple(t.shape) for path, t, _ in leaves_of(self.model)}
-
-    def _by_leaf(self, masks: Masks) -> dict[str, torch.Tensor]:
-        """Masks by the first path of their parameter: a tied one has several names."""
-        first = {id(tensor): path for path, tensor, _ in leaves_of(self.model)}
-        every = dict(self.model.named_parameters(remove_duplicate=False))
-        result: dict[str, torch.Tensor] = {}
-        for name, mask in masks.flat().items():
-            path = first[id(every[name])]
-            if not every[name].is_meta:  # on meta the mask would lose its values
-                mask = mask.to(every[name].device)
-            result[path] = mask & result[path] if path in result else mask
-        return result
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 
 from compress import modules
 from compress.graph.walk import leaves_of, modules_of
+from compress.masks import Masks
 from compress.modules import replace_class
 from compress.speedup.knowledge import all_by_row
 from compress.speedup.plan import Attribute, Carry, Plan, Replacement, Slice
@@ -131,6 +132,19 @@ def masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iterator[None
         yield
     finally:
         undo()
+
+
+def by_leaf(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
+    """Masks by the first path of their parameter (a tied one has several), on its device."""
+    first = {id(tensor): path for path, tensor, _ in leaves_of(model)}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    result: dict[str, torch.Tensor] = {}
+    for name, mask in masks.flat().items():
+        path = first[id(every[name])]
+        if not every[name].is_meta:  # on meta the mask would lose its values
+            mask = mask.to(every[name].device)
+        result[path] = mask & result[path] if path in result else mask
+    return result
 
 
 Owners = Mapping[str, nn.Module]  # the modules by path

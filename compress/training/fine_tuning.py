@@ -134,7 +134,7 @@ def fine_tune(
             rate = float(optimizer.param_groups[0]["lr"])
             if scheduler is not None:
                 _step(scheduler, loss)
-            score = None if evaluator.eval_fn is None else evaluator.evaluate(model)
+            score = None if evaluator.eval_fn is None else float(evaluator.evaluate(model))
             history.append(Epoch(loss, rate, score))
             advance()
             if early_stopping is None or score is None:

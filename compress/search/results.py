@@ -1,0 +1,96 @@
+"""What a search found: as an object, as the files that NNI wrote, and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.files import write_atomically
+from compress.measure.table import Table
+from compress.search.trials import Trial
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The course of a search; prints as a table of its best trials.
+
+    Attributes:
+        pruner: its class.
+        dense: the performance of the model as it was.
+        best: the trial that was taken.
+        trials: all, by number.
+        config_list: what a one-shot pruner would be given for ``best``.
+        maximize: whether more performance is better.
+    """
+
+    pruner: str
+    dense: float
+    best: Trial
+    trials: tuple[Trial, ...] = field(repr=False)
+    config_list: list[dict[str, Any]]
+    maximize: bool = True
+
+    def pareto(self) -> list[Trial]:
+        """The trials than which none is better at as few parameters; fewest parameters first."""
+        sign = 1 if self.maximize else -1
+        front: list[Trial] = []
+        order = sorted(self.trials, key=lambda t: (t.parameters, -sign * t.performance, t.number))
+        for trial in order:
+            if not front or sign * trial.performance > sign * front[-1].performance:
+                front.append(trial)
+        return front
+
+    def table(self, rows: int = 10) -> Table:
+        """The best trials, best first, below the dense model."""
+        sign = 1 if self.maximize else -1
+        order = sorted(self.trials, key=lambda t: (-sign * t.performance, t.number))[:rows]
+        cells = [("dense", f"{self.dense:.4g}", "", "", "")]
+        for trial in order:
+            mark = " (taken)" if trial.number == self.best.number else ""
+            flops = "" if trial.flops is None else f"{trial.flops / 1e6:.2f}"
+            cells.append((
+                f"{trial.number}{mark}", f"{trial.performance:.4g}", f"{trial.share:.1%}",
+                f"{trial.parameters / 1e6:.3f}", flops,
+            ))  # fmt: skip
+        columns = ("trial", "performance", "weights masked", "parameters M", "MFLOPs")
+        caption = f"{self.pruner}: {len(self.trials)} trials"
+        return Table(columns, tuple(cells), caption)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+
+def write_results(result: SearchResult, folder: str | os.PathLike[str] | None) -> None:
+    """Write ``search_history.csv`` and ``search_result.json``, as NNI v1 has them, and more."""
+    if folder is None:
+        return
+    path = Path(folder)
+    write_atomically(path / "search_history.csv", lambda p: _write_history(result, p))
+    content = {
+        "performance": result.best.performance,
+        "config_list": json.dumps(result.config_list),
+        "sparsity": result.best.share,
+        "dense": result.dense,
+        "trial": result.best.number,
+        "trials": len(result.trials),
+    }
+    text = json.dumps(content, indent=2)
+    write_atomically(path / "search_result.json", lambda p: p.write_text(text + "\n"))
+
+
+def _write_history(result: SearchResult, path: Path) -> None:
+    names = ("sparsity", "performance", "config_list", "number", "stage", "parameters", "flops",
+             "seconds", "metrics")  # fmt: skip
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for trial in result.trials:
+            values = asdict(trial)
+            values["sparsity"] = trial.share
+            values["config_list"] = json.dumps(trial.sparsities)
+            values["metrics"] = json.dumps(trial.metrics)
+            writer.writerow({name: values[name] for name in names})
