@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from compress.evaluator import Evaluator
-from compress.masks import Masks
 from compress.pruners.data import is_count
-from compress.search.base import SearchPruner
+from compress.search.base import Found, SearchPruner
 from compress.search.space import Point
 from compress.search.subject import Subject
 from compress.search.trials import Trial
@@ -58,7 +57,7 @@ class SimulatedAnnealingPruner(SearchPruner):
         self.candidates = candidates
         super().__init__(model, config_list, evaluator, **arguments)
 
-    def _search(self, subject: Subject) -> tuple[Trial, Masks]:
+    def _search(self, subject: Subject) -> Found:
         draw = random.Random(self.seed)
         point = self._uniform(subject)
         (trial,) = self._evaluate(subject, [point])
@@ -76,7 +75,7 @@ class SimulatedAnnealingPruner(SearchPruner):
                 if worse <= 0 or draw.random() < 2 ** (-worse / (scale * heat)):
                     current = trial
                 best = self._best([best, trial])
-        return best, subject.masks(points[best.number])
+        return Found(best, subject.masks(points[best.number]))
 
     def _temperatures(self) -> list[float]:
         found = [float(self.start_temperature)]

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.config import Targets
 from compress.errors import ConfigError, SearchError
@@ -31,7 +32,16 @@ from compress.search.space import Point
 from compress.search.subject import COSTS, Subject
 from compress.search.trials import Trial, Trials
 from compress.search.workers import Workers
-from compress.unchanged import random_kept
+from compress.unchanged import put_values, random_kept, values_of
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search takes: a trial, its masks and, where it trained, its weights by path."""
+
+    trial: Trial
+    masks: Masks
+    values: Mapping[str, Tensor] | None = None
 
 
 class SearchPruner(MaskedModel):
@@ -127,23 +137,26 @@ class SearchPruner(MaskedModel):
         """
         if self.result is None:
             with self._searching() as subject:
-                best, masks = self._search(subject)
+                found = self._search(subject)
             suspended = suspend_masks(self.model)
+            before = {} if found.values is None else values_of(self.model)
             try:
-                masks.apply(self.model)
+                put_values(self.model, found.values or {})
+                found.masks.apply(self.model)
             except BaseException:
+                put_values(self.model, before)
                 suspended.restore()
                 raise
-            self._masks = masks
-            self.result = self._result(best)
+            self._masks = found.masks
+            self.result = self._result(found.trial)
             write_results(self.result, self.experiment_data_dir)
         return self.model, self.masks
 
     # -- what a search is made of ----------------------------------------------------------
 
     @abstractmethod
-    def _search(self, subject: Subject) -> tuple[Trial, Masks]:
-        """Try candidates; the best, and its masks."""
+    def _search(self, subject: Subject) -> Found:
+        """Try candidates; the one to take."""
 
     def _arguments(self) -> dict[str, Any]:
         """What decides about the course of the search, for the journal's key."""
@@ -187,7 +200,8 @@ class SearchPruner(MaskedModel):
     def _searching(self) -> Iterator[Subject]:
         """The journal, the workers, the dense model's performance, and what to search in."""
         assert self.evaluator is not None, "_check_arguments asked for it"
-        journal = Journal(self.experiment_data_dir, self._key())
+        self.key = self._key()
+        journal = Journal(self.experiment_data_dir, self.key)
         job = Job(self.evaluator, self.fine_tuner, 0, torch.get_num_threads())
         try:
             with eager():
@@ -205,7 +219,7 @@ class SearchPruner(MaskedModel):
             if isinstance(tensor, torch.Tensor):
                 state.update(name.encode())
                 content = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-                state.update(content.numpy())
+                state.update(content.numpy().tobytes())
         return {
             "pruner": type(self).__qualname__,
             "model": structure(self.model),

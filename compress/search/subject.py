@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress.cost import CostModel, cost_model
 from compress.errors import ConfigError
-from compress.masks import Masks, suspend_masks
+from compress.masks import Masks, applied_masks, suspend_masks
 from compress.pruners.base import Pruner
+from compress.search.put_back import moves_constants, put_back
 from compress.search.shrink import Shrinker
 from compress.search.space import Point, SearchSpace, Sparsities
 from compress.speedup.plan import Plan
+from compress.speedup.surgery import remaining_masks
+from compress.unchanged import put_values, values_of
 
 COSTS = ("sparsity", "params", "flops", "memory", "latency")
 _HALVINGS = 40
@@ -56,14 +60,38 @@ class Subject:
             return self._shrinker.masked(masks), Plan()
         return self._shrinker.small(masks)
 
+    def trainable(self, point: Point) -> nn.Module:
+        """A candidate to be trained: small, where its weights can be put back into the large one.
+
+        They cannot where the small model has constants of masked channels in its biases, or has
+        masks left; then it is a masked copy of the large one.
+        """
+        small, plan = self.small(point)
+        masks = self.masks(point)
+        filters = self.space.coupling is not None
+        if filters and not moves_constants(plan) and not remaining_masks(masks, plan, small):
+            return small
+        masked = deepcopy(self.model)
+        masks.apply(masked)
+        return masked
+
+    def take_over(self, point: Point, state: Mapping[str, Tensor]) -> None:
+        """Put the state of a `trainable` candidate, trained, into the model."""
+        candidate = self.trainable(point)
+        candidate.load_state_dict(state)
+        if applied_masks(candidate):
+            suspend_masks(candidate)
+            put_values(self.model, values_of(candidate))
+        else:
+            put_back(self.model, self.small(point)[1], candidate.state_dict())
+
     def parameters(self, point: Point, small: nn.Module) -> int:
         """How many a candidate has; where single weights are masked, those that are not."""
         if self.space.coupling is not None:
             return sum(parameter.numel() for parameter in small.parameters())
-        masked = (
-            len(m.flatten()) - int(m.count_nonzero()) for m in self.masks(point).flat().values()
-        )
-        return sum(self._numbers.values()) - sum(masked)
+        masks = self.masks(point).flat().values()
+        masked = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks)
+        return self._parameters - masked
 
     def cost(self, point: Point, kind: str) -> float | None:
         """ "params", "flops", ...: what is left of it; None where single weights are masked."""
@@ -86,6 +114,21 @@ class Subject:
             )
         return 1.0 - left / self._costs[kind].dense
 
+    def most(self, target: float, kind: str) -> Point:
+        """All that may go.
+
+        Raises:
+            ConfigError: that saves less than ``target``; says how much.
+        """
+        most = self.space.point({group.name: group.max_sparsity for group in self.space.groups})
+        if self.saved(most, kind) < target:
+            raise ConfigError(
+                f"{_wanted(kind)}: got {target:g}; at most {self.saved(most, kind):.4f} can go, "
+                "since each layer keeps a channel and what its max_sparsity_per_layer says, and "
+                "others are coupled with layers that are not selected; ask for less, or select more"
+            )
+        return most
+
     def scaled(self, profile: Sparsities, target: float, kind: str) -> Point:
         """The point nearest above ``target`` whose sparsities have the proportions of a profile.
 
@@ -94,15 +137,9 @@ class Subject:
         Raises:
             ConfigError: so much cannot be saved; says what can.
         """
+        most = self.most(target, kind)
+        top = most.sparsities
         groups = self.space.groups
-        top = {group.name: group.max_sparsity for group in groups}
-        most = self.space.point(top)
-        if self.saved(most, kind) < target:
-            raise ConfigError(
-                f"{_wanted(kind)}: got {target:g}; at most {self.saved(most, kind):.4f} can go, "
-                "since each layer keeps a channel and what its max_sparsity_per_layer says, and "
-                "others are coupled with layers that are not selected; ask for less, or select more"
-            )
         floor = 1e-3 * max(profile.values(), default=1.0) or 1.0  # so that any target is reached
         shares = {g.name: max(profile.get(g.name, 0.0), floor) for g in groups}
         low, high = 0.0, max(top[name] / share for name, share in shares.items())
@@ -121,4 +158,3 @@ class Subject:
 
 def _wanted(kind: str) -> str:
     return "the sparsity" if kind == "sparsity" else f"the fraction of {kind} to save"
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,11 +110,27 @@ class Trials:
                 state = self._again(subject, points[top], trials[top])
         return trials, state
 
+    def recall(self, count: int) -> None:
+        """Take the first trials from the journal, as a state that was saved says what they led to.
+
+        Raises:
+            StateError: they are not all there.
+        """
+        entries = [self.journal.get(str(number)) for number in range(count)]
+        if None in entries:
+            raise StateError(
+                f"{self.journal.path}: candidate {entries.index(None)} is missing, and the state "
+                "beside it was saved after it; remove both to begin anew"
+            )
+        self.done = [_trial_of(entry) for entry in entries if entry is not None]
+        for trial in self.done:
+            self.seen(trial)
+
     def _known(self, number: int, point: Point) -> Trial | None:
         entry = self.journal.get(str(number))
         if entry is None:
             return None
-        trial = Trial(**{name: value for name, value in entry.items() if name != "id"})
+        trial = _trial_of(entry)
         if trial.sparsities != dict(point.sparsities):
             raise StateError(
                 f"{self.journal.path}: candidate {number} was another one than now, though model, "
@@ -137,7 +153,7 @@ class Trials:
             def make() -> nn.Module:
                 small = subject.small(points[index])[0]
                 sizes[index] = subject.parameters(points[index], small)
-                return small
+                return subject.trainable(points[index]) if self.job.trains else small
 
             return make
 
@@ -174,15 +190,13 @@ class Trials:
 
     def _again(self, subject: Subject, point: Point, trial: Trial) -> dict[str, Tensor] | None:
         """The trained state of a candidate that was evaluated before the search was stopped."""
-        small = subject.small(point)[0]
-        return carry_out(self.job, small, self.seed + trial.number).state
+        return carry_out(self.job, subject.trainable(point), self.seed + trial.number).state
+
+
+def _trial_of(entry: Mapping[str, Any]) -> Trial:
+    return Trial(**{name: value for name, value in entry.items() if name != "id"})
 
 
 def _shown(point: Point) -> str:
     listed = [f"{name}: {sparsity:.3f}" for name, sparsity in point.sparsities.items()]
     return ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "")
-
-
-def as_json(trial: Trial) -> dict[str, Any]:
-    """A trial as JSON values."""
-    return asdict(trial)

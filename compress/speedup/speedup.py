@@ -23,7 +23,7 @@ from compress.speedup.decide import Limits
 from compress.speedup.optimizer import check_optimizer, slice_optimizer
 from compress.speedup.plan import Plan, same_plan
 from compress.speedup.report import Report, make_report, parameter_counts
-from compress.speedup.surgery import by_leaf
+from compress.speedup.surgery import by_leaf, remaining_masks
 from compress.speedup.verify import Verifier
 from compress.speedup.why import explain_decision
 
@@ -141,7 +141,7 @@ class ModelSpeedup:
         if self._masks is None:
             if not self._done or self._plan is None:
                 raise SpeedupError("masks: nothing yet; call speedup_model() first")
-            self._masks = _remaining(self._given, self._plan, self.model)
+            self._masks = remaining_masks(self._given, self._plan, self.model)
         return self._masks
 
     def speedup_model(self) -> nn.Module:
@@ -266,18 +266,6 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _without_moved(mask: torch.Tensor, plan: Plan, path: str) -> torch.Tensor:
-    """A mask without the places that a constant was moved to: they belong to the function now."""
-    mask = mask.clone()
-    if path in plan.biases:
-        mask |= torch.from_numpy(plan.biases[path] != 0).to(mask.device)
-    if path in plan.scales and plan.scales[path].shift:
-        mask.fill_(True)
-    for carry in plan.carries.get(path, ()):
-        mask.select(carry.axis, carry.target).fill_(True)
-    return mask
-
-
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise SpeedupError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
@@ -315,19 +303,3 @@ def _check_values(model: nn.Module) -> None:
                 f"{path}: it has no values yet (meta device); plan and report tell what would go; "
                 "to shrink the model load it to a device first, and make a new ModelSpeedup"
             )
-
-
-def _remaining(masks: Masks, plan: Plan, model: nn.Module) -> Masks:
-    """The masks of the parameters that are left; what is no longer masked anywhere is left out."""
-    paths = {id(tensor): path for path, tensor, _ in leaves_of(model)}
-    entries: dict[str, dict[str, torch.Tensor]] = {}
-    for module, parameters in masks.items():
-        owner = model.get_submodule(module)
-        for name, mask in parameters.items():
-            parameter = getattr(owner, name)
-            cut = plan.slices.get(paths[id(parameter)])
-            left = _without_moved(mask, plan, paths[id(parameter)])
-            left = left if cut is None else cut(left)
-            if not bool(left.all()):
-                entries.setdefault(module, {})[name] = left
-    return Masks(entries)

@@ -147,6 +147,34 @@ def by_leaf(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
     return result
 
 
+def remaining_masks(masks: Masks, plan: Plan, model: nn.Module) -> Masks:
+    """The masks of the parameters that are left; what is no longer masked anywhere is left out."""
+    paths = {id(tensor): path for path, tensor, _ in leaves_of(model)}
+    entries: dict[str, dict[str, torch.Tensor]] = {}
+    for module, parameters in masks.items():
+        owner = model.get_submodule(module)
+        for name, mask in parameters.items():
+            parameter = getattr(owner, name)
+            cut = plan.slices.get(paths[id(parameter)])
+            left = _without_moved(mask, plan, paths[id(parameter)])
+            left = left if cut is None else cut(left)
+            if not bool(left.all()):
+                entries.setdefault(module, {})[name] = left
+    return Masks(entries)
+
+
+def _without_moved(mask: torch.Tensor, plan: Plan, path: str) -> torch.Tensor:
+    """A mask without the places that a constant was moved to: they belong to the function now."""
+    mask = mask.clone()
+    if path in plan.biases:
+        mask |= torch.from_numpy(plan.biases[path] != 0).to(mask.device)
+    if path in plan.scales and plan.scales[path].shift:
+        mask.fill_(True)
+    for carry in plan.carries.get(path, ()):
+        mask.select(carry.axis, carry.target).fill_(True)
+    return mask
+
+
 Owners = Mapping[str, nn.Module]  # the modules by path
 _Before = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # a tensor, its data, its gradient
 
