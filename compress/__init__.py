@@ -33,6 +33,7 @@ from compress.schedule import (
     LinearPruner,
     LotteryTicketPruner,
 )
+from compress.search import AutoCompressPruner, NetAdaptPruner, SimulatedAnnealingPruner
 from compress.speedup import ModelSpeedup
 from compress.speedup.compare import verify
 
@@ -45,6 +46,7 @@ __all__ = [
     "ActivationAPoZRankPruner",
     "ActivationMeanRankFilterPruner",
     "ActivationMeanRankPruner",
+    "AutoCompressPruner",
     "ChannelGraph",
     "Evaluator",
     "FPGMPruner",
@@ -61,10 +63,12 @@ __all__ = [
     "Masks",
     "ModelSpeedup",
     "MovementPruner",
+    "NetAdaptPruner",
     "OBDFilterPruner",
     "RandomFilterPruner",
     "SNIPFilterPruner",
     "SNIPPruner",
+    "SimulatedAnnealingPruner",
     "SlimPruner",
     "TaylorFOWeightFilterPruner",
     "TaylorFOWeightPruner",

@@ -1,7 +1,15 @@
 """Searches: how much of each layer can go, found out by trying."""
 
 from compress.search.annealing import SimulatedAnnealingPruner
+from compress.search.autocompress import AutoCompressPruner
+from compress.search.netadapt import NetAdaptPruner
 from compress.search.results import SearchResult
 from compress.search.trials import Trial
 
-__all__ = ["SearchResult", "SimulatedAnnealingPruner", "Trial"]
+__all__ = [
+    "AutoCompressPruner",
+    "NetAdaptPruner",
+    "SearchResult",
+    "SimulatedAnnealingPruner",
+    "Trial",
+]

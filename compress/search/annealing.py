@@ -58,24 +58,35 @@ class SimulatedAnnealingPruner(SearchPruner):
         super().__init__(model, config_list, evaluator, **arguments)
 
     def _search(self, subject: Subject) -> Found:
-        draw = random.Random(self.seed)
-        point = self._uniform(subject)
-        (trial,) = self._evaluate(subject, [point])
-        current = best = trial
-        points = {trial.number: point}
+        best, point = self._anneal(subject, self.target)
+        return Found(best, subject.masks(point))
+
+    def _anneal(self, subject: Subject, target: float, stage: int = 0) -> tuple[Trial, Point]:
+        """The best candidate for a target. Trials have ``stage``, or else the temperature's number.
+
+        The first is the same sparsity everywhere.
+        """
+        draw = random.Random(f"{self.seed} {stage}")
+        point = self._uniform(subject, target)
+        (current,) = self._evaluate(subject, [point], stage)
+        best = current, point
         differences: list[float] = []
-        for stage, temperature in enumerate(self._temperatures(), 1):
+        for number, temperature in enumerate(self._temperatures(), 1):
             heat = temperature / self.start_temperature
-            near = [self._neighbour(subject, current, heat, draw) for _ in range(self.candidates)]
-            for point, trial in zip(near, self._evaluate(subject, near, stage), strict=True):
-                points[trial.number] = point
+            near = [
+                self._neighbour(subject, current, target, heat, draw)
+                for _ in range(self.candidates)
+            ]
+            trials = self._evaluate(subject, near, stage or number)
+            for point, trial in zip(near, trials, strict=True):
                 worse = self._gain(current) - self._gain(trial)
                 differences.append(abs(worse))
                 scale = sum(differences) / len(differences)
                 if worse <= 0 or draw.random() < 2 ** (-worse / (scale * heat)):
                     current = trial
-                best = self._best([best, trial])
-        return Found(best, subject.masks(points[best.number]))
+                if self._gain(trial) > self._gain(best[0]):
+                    best = trial, point
+        return best
 
     def _temperatures(self) -> list[float]:
         found = [float(self.start_temperature)]
@@ -84,14 +95,19 @@ class SimulatedAnnealingPruner(SearchPruner):
         return found
 
     def _neighbour(
-        self, subject: Subject, current: Trial, heat: float, draw: random.Random
+        self,
+        subject: Subject,
+        current: Trial,
+        target: float,
+        heat: float,
+        draw: random.Random,
     ) -> Point:
         magnitude = self.perturbation_magnitude * heat
         shaken = {
             name: min(max(sparsity + draw.uniform(-magnitude, magnitude), 0.0), 1.0)
             for name, sparsity in current.sparsities.items()
         }
-        return subject.scaled(shaken, self.target, self.cost)
+        return subject.scaled(shaken, target, self.cost)
 
     def _arguments(self) -> dict[str, Any]:
         own = ("start_temperature", "stop_temperature", "cool_down_rate", "perturbation_magnitude",

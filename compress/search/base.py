@@ -32,16 +32,44 @@ from compress.search.space import Point
 from compress.search.subject import COSTS, Subject
 from compress.search.trials import Trial, Trials
 from compress.search.workers import Workers
+from compress.speedup.plan import Plan
+from compress.speedup.surgery import apply_plan
 from compress.unchanged import put_values, random_kept, values_of
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search takes: a trial, its masks and, where it trained, its weights by path."""
+    """What a search takes: a trial and its masks.
+
+    Where it trained, also the weights by path; where it shrank the model, the plans of that.
+    """
 
     trial: Trial
     masks: Masks
     values: Mapping[str, Tensor] | None = None
+    plans: Sequence[Plan] = ()
+
+
+def take(
+    model: nn.Module,
+    masks: Masks,
+    values: Mapping[str, Tensor] | None = None,
+    plans: Sequence[Plan] = (),
+) -> None:
+    """Shrink a model by plans, then give it values, then masks; after an error it is as before."""
+    suspended = suspend_masks(model)
+    undo: list[Callable[[], None]] = []
+    before = {} if values is None else values_of(model)
+    try:
+        undo += (apply_plan(model, plan, {}) for plan in plans)
+        put_values(model, values or {})
+        masks.apply(model)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        put_values(model, before)
+        suspended.restore()
+        raise
 
 
 class SearchPruner(MaskedModel):
@@ -138,15 +166,7 @@ class SearchPruner(MaskedModel):
         if self.result is None:
             with self._searching() as subject:
                 found = self._search(subject)
-            suspended = suspend_masks(self.model)
-            before = {} if found.values is None else values_of(self.model)
-            try:
-                put_values(self.model, found.values or {})
-                found.masks.apply(self.model)
-            except BaseException:
-                put_values(self.model, before)
-                suspended.restore()
-                raise
+            take(self.model, found.masks, found.values, found.plans)
             self._masks = found.masks
             self.result = self._result(found.trial)
             write_results(self.result, self.experiment_data_dir)
@@ -188,11 +208,16 @@ class SearchPruner(MaskedModel):
 
     def _subject(self, model: nn.Module) -> Subject:
         """Of a copy of the model, for which it is taken over."""
-        arguments = base_arguments(self.kind, self.pruning_params, self.evaluator, self.dummy_input)
-        if self.kind.modes and "dependency_aware" in self.kind.modes:
-            arguments.setdefault("mode", "dependency_aware")
-            arguments.setdefault("dummy_input", self.dummy_input)
-        return Subject(model, self.kind, self.config_list, arguments, self.dummy_input)
+        given = self._base_arguments()
+        return Subject(model, self.kind, self.config_list, given, self.dummy_input)
+
+    def _base_arguments(self) -> dict[str, Any]:
+        """Of the one-shot pruner."""
+        given = base_arguments(self.kind, self.pruning_params, self.evaluator, self.dummy_input)
+        if "dependency_aware" in self.kind.modes:
+            given.setdefault("mode", "dependency_aware")
+            given.setdefault("dummy_input", self.dummy_input)
+        return given
 
     # -- the session -----------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -110,6 +111,34 @@ class Trials:
                 state = self._again(subject, points[top], trials[top])
         return trials, state
 
+    def measure(
+        self, model: nn.Module, sparsities: Mapping[str, float], share: float, stage: int
+    ) -> Trial:
+        """The trial of a model that is there already, and is not trained for it."""
+        number = len(self.done)
+        entry = self.journal.get(str(number))
+        if entry is not None:
+            trial = _trial_of(entry)
+        else:
+            job = replace(self.job, fine_tuner=None, epochs=0)
+            outcome = carry_out(job, deepcopy(model), self.seed + number)
+            metrics = self._metrics(outcome, f"{number}, the model of round {stage}")
+            trial = Trial(
+                number=number,
+                stage=stage,
+                sparsities=dict(sparsities),
+                share=share,
+                metrics=metrics,
+                performance=chosen_metric(metrics, self.metric),
+                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                flops=None,
+                seconds=outcome.seconds,
+            )
+            self.journal.add(str(number), asdict(trial))
+        self.done.append(trial)
+        self.seen(trial)
+        return trial
+
     def recall(self, count: int) -> None:
         """Take the first trials from the journal, as a state that was saved says what they led to.
 
@@ -170,12 +199,7 @@ class Trials:
         outcome: Outcome,
         parameters: int,
     ) -> Trial:
-        if outcome.failure is not None:
-            raise SearchError(
-                f"candidate {number} ({_shown(point)}) could not be trained and evaluated; the "
-                f"model is as it was. What was raised:\n{outcome.failure}"
-            )
-        metrics = read_metrics(outcome.value)
+        metrics = self._metrics(outcome, f"{number} ({_shown(point)})")
         return Trial(
             number=number,
             stage=stage,
@@ -187,6 +211,15 @@ class Trials:
             flops=subject.cost(point, "flops"),
             seconds=outcome.seconds,
         )
+
+    @staticmethod
+    def _metrics(outcome: Outcome, candidate: str) -> dict[str, float]:
+        if outcome.failure is not None:
+            raise SearchError(
+                f"candidate {candidate} could not be trained and evaluated; the model is as it "
+                f"was. What was raised:\n{outcome.failure}"
+            )
+        return read_metrics(outcome.value)
 
     def _again(self, subject: Subject, point: Point, trial: Trial) -> dict[str, Tensor] | None:
         """The trained state of a candidate that was evaluated before the search was stopped."""
