@@ -197,11 +197,11 @@ def test_the_call_of_nni(tmp_path: Path) -> None:
     )
     pruned, masks = pruner.compress()
     assert pruned is model
-    assert len(pruner.result.trials) == 1 + 16  # type: ignore[union-attr]
+    assert len(pruner.result.trials) == 1 + 4 + 16  # type: ignore[union-attr]
     with open(tmp_path / "search_history.csv") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:3] == ["sparsity", "performance", "config_list"]
-    assert len(rows) == 17
+    assert len(rows) == 21
     found = json.loads((tmp_path / "search_result.json").read_text())
     best = json.loads(found["config_list"])
     again = L1FilterPruner(planted(), best, mode="dependency_aware", dummy_input=X).calc_masks()

@@ -21,12 +21,12 @@ class SimulatedAnnealingPruner(SearchPruner):
     """Distributes a sparsity over the layers by simulated annealing.
 
     Liu et al. 2020, AutoCompress: An Automatic DNN Structured Pruning Framework for Ultra-High
-    Compression Rates, section 4.2; Kirkpatrick et al. 1983. The search begins with the same
-    sparsity everywhere. At each temperature T the sparsities are shaken, by up to
-    ``perturbation_magnitude``·T/T₀, and scaled to the target again. A worse candidate is accepted
-    with probability 2^(−(Δ/δ)·(T₀/T)), where Δ is what it is worse and δ the mean of what
-    neighbours have differed by so far: NNI's exp(−Δ/T) accepts nearly everything of a metric
-    in [0, 1].
+    Compression Rates, section 4.2; Kirkpatrick et al. 1983. The search begins with the best of the
+    same sparsity everywhere and of some that are drawn. At each temperature T the sparsities of
+    half of the groups are shaken, by up to ``perturbation_magnitude``·T/T₀, and all are scaled to
+    the target again. A worse candidate is accepted with probability 10^(−(Δ/δ)·(T₀/T)), where Δ is
+    what it is worse and δ the mean of what candidates have differed by so far: NNI's exp(−Δ/T)
+    accepts nearly everything of a metric in [0, 1].
 
     Args:
         model, config_list, evaluator, **arguments: as `SearchPruner`.
@@ -34,6 +34,7 @@ class SimulatedAnnealingPruner(SearchPruner):
             ``stop_temperature``.
         cool_down_rate: in (0, 1).
         perturbation_magnitude: of a sparsity, at ``start_temperature``.
+        initial_candidates: how many are drawn at first.
         candidates: at each temperature, one after the other from where the last led; they are
             evaluated together, so that so many workers are of use.
     """
@@ -48,13 +49,14 @@ class SimulatedAnnealingPruner(SearchPruner):
         stop_temperature: float = 20,
         cool_down_rate: float = 0.9,
         perturbation_magnitude: float = 0.35,
+        initial_candidates: int = 4,
         candidates: int = 1,
         **arguments: Any,
     ) -> None:
         self.start_temperature, self.stop_temperature = start_temperature, stop_temperature
         self.cool_down_rate = cool_down_rate
         self.perturbation_magnitude = perturbation_magnitude
-        self.candidates = candidates
+        self.initial_candidates, self.candidates = initial_candidates, candidates
         super().__init__(model, config_list, evaluator, **arguments)
 
     def _search(self, subject: Subject) -> Found:
@@ -67,10 +69,14 @@ class SimulatedAnnealingPruner(SearchPruner):
         The first is the same sparsity everywhere.
         """
         draw = random.Random(f"{self.seed} {stage}")
-        point = self._uniform(subject, target)
-        (current,) = self._evaluate(subject, [point], stage)
-        best = current, point
-        differences: list[float] = []
+        names = [group.name for group in subject.space.groups]
+        profiles = [{name: draw.random() for name in names} for _ in range(self.initial_candidates)]
+        points = [subject.scaled(each, target, self.cost) for each in profiles]
+        points.insert(0, self._uniform(subject, target))
+        trials = self._evaluate(subject, points, stage)
+        current = self._best(trials)
+        best = current, points[trials.index(current)]
+        differences = [self._gain(current) - self._gain(trial) for trial in trials]
         for number, temperature in enumerate(self._temperatures(), 1):
             heat = temperature / self.start_temperature
             near = [
@@ -82,7 +88,7 @@ class SimulatedAnnealingPruner(SearchPruner):
                 worse = self._gain(current) - self._gain(trial)
                 differences.append(abs(worse))
                 scale = sum(differences) / len(differences)
-                if worse <= 0 or draw.random() < 2 ** (-worse / (scale * heat)):
+                if worse <= 0 or draw.random() < 10 ** (-worse / (scale * heat)):
                     current = trial
                 if self._gain(trial) > self._gain(best[0]):
                     best = trial, point
@@ -103,15 +109,15 @@ class SimulatedAnnealingPruner(SearchPruner):
         draw: random.Random,
     ) -> Point:
         magnitude = self.perturbation_magnitude * heat
-        shaken = {
-            name: min(max(sparsity + draw.uniform(-magnitude, magnitude), 0.0), 1.0)
-            for name, sparsity in current.sparsities.items()
-        }
+        shaken = dict(current.sparsities)
+        for name in draw.sample(sorted(shaken), -(-len(shaken) // 2)):
+            moved = shaken[name] + draw.uniform(-magnitude, magnitude)
+            shaken[name] = min(max(moved, 0.0), 1.0)
         return subject.scaled(shaken, target, self.cost)
 
     def _arguments(self) -> dict[str, Any]:
         own = ("start_temperature", "stop_temperature", "cool_down_rate", "perturbation_magnitude",
-               "candidates")  # fmt: skip
+               "initial_candidates", "candidates")  # fmt: skip
         return super()._arguments() | {name: getattr(self, name) for name in own}
 
     def _problems(self) -> list[str]:
@@ -129,8 +135,11 @@ class SimulatedAnnealingPruner(SearchPruner):
                 f"perturbation_magnitude: got {self.perturbation_magnitude!r}; expected a number "
                 "above 0, such as 0.35"
             )
-        if not is_count(self.candidates, 1):
-            problems.append(f"candidates: got {self.candidates!r}; expected a whole number ≥ 1")
+        problems += [
+            f"{name}: got {getattr(self, name)!r}; expected a whole number ≥ {least}"
+            for name, least in (("initial_candidates", 0), ("candidates", 1))
+            if not is_count(getattr(self, name), least)
+        ]
         return problems
 
 
