@@ -205,7 +205,7 @@ class SearchPruner(MaskedModel):
             if isinstance(tensor, torch.Tensor):
                 state.update(name.encode())
                 content = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-                state.update(content.numpy())
+                state.update(content.numpy().tobytes())
         return {
             "pruner": type(self).__qualname__,
             "model": structure(self.model),

@@ -60,10 +60,9 @@ class Subject:
         """How many a candidate has; where single weights are masked, those that are not."""
         if self.space.coupling is not None:
             return sum(parameter.numel() for parameter in small.parameters())
-        masked = (
-            len(m.flatten()) - int(m.count_nonzero()) for m in self.masks(point).flat().values()
-        )
-        return sum(self._numbers.values()) - sum(masked)
+        masks = self.masks(point).flat().values()
+        masked = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks)
+        return self._parameters - masked
 
     def cost(self, point: Point, kind: str) -> float | None:
         """ "params", "flops", ...: what is left of it; None where single weights are masked."""
@@ -121,4 +120,3 @@ class Subject:
 
 def _wanted(kind: str) -> str:
     return "the sparsity" if kind == "sparsity" else f"the fraction of {kind} to save"
-
