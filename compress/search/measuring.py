@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from compress.errors import SearchError
 from compress.evaluator import Evaluator
 from compress.measure.latency import stopwatch
 from compress.unchanged import random_kept
+
+_ALONE = threading.Lock()  # a cluster's worker may have threads, which share random numbers
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ class Outcome:
 def carry_out(job: Job, model: nn.Module, seed: int) -> Outcome:
     """Train and score a candidate; random numbers, of which it has its own, go on as before."""
     threads = torch.get_num_threads()
-    with random_kept(job.evaluator.train_loader), stopwatch() as elapsed:
+    with _ALONE, random_kept(job.evaluator.train_loader), stopwatch() as elapsed:
         torch.set_num_threads(job.threads)
+        random.seed(seed)
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         try:

@@ -187,7 +187,7 @@ class Trials:
             return make
 
         todo = [index for index in range(len(points)) if index not in known]
-        tasks = (Task(index, maker(index), self.seed + first + index) for index in todo)
+        tasks = (Task(i, maker(i), self.seed + first + i, f"candidate {first + i}") for i in todo)
         return self.workers.run(self.job, tasks)
 
     def _trial(

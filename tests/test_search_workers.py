@@ -1,0 +1,227 @@
+"""Candidates that workers evaluate: the same results whoever does it, and workers that die."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from search_jobs import (
+    CONFIG,
+    KillsWorkers,
+    evaluate,
+    fails,
+    network,
+    sleeps,
+    tune,
+    tune_without_python,
+)
+
+from compress.errors import ConfigError, SearchError
+from compress.search import SearchResult, SimulatedAnnealingPruner
+
+SEARCH = {"candidates": 3, "cool_down_rate": 0.5, "seed": 3}  # 1 + 3 · 3 candidates
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Forks of a process with more of torch's would hang."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def forked(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+
+
+def search(evaluator: Any = evaluate, **arguments: Any) -> SearchResult:
+    pruner = SimulatedAnnealingPruner(network(), CONFIG, evaluator, **SEARCH | arguments)
+    pruner.compress()
+    assert pruner.result is not None
+    return pruner.result
+
+
+def course(result: SearchResult) -> list[Any]:
+    """All but the time."""
+    return [result.best.number, *(replace(trial, seconds=0.0) for trial in result.trials)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_pool_of_any_size_finds_what_this_process_does(workers: int) -> None:
+    here = search(fine_tuner=tune)
+    assert len({trial.performance for trial in here.trials}) > 3
+    with forked(workers) as pool:
+        assert course(search(fine_tuner=tune, executor=pool)) == course(here)
+        assert pool.submit(os.getpid).result() != os.getpid()  # it is left open
+
+
+def test_a_function_that_makes_a_pool() -> None:
+    made: list[ProcessPoolExecutor] = []
+
+    def make() -> Executor:
+        made.append(forked(2))
+        return made[-1]
+
+    assert course(search(executor=make)) == course(search())
+    assert len(made) == 1
+    with pytest.raises(RuntimeError, match="shutdown"):
+        made[0].submit(os.getpid)
+
+
+@pytest.mark.slow
+def test_spawned_workers() -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        assert course(search(fine_tuner=tune, executor=pool)) == course(search(fine_tuner=tune))
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_what_a_dead_worker_had_is_done_by_another(tmp_path: Any, how: str) -> None:
+    made: list[Executor] = []
+
+    def make() -> Executor:
+        made.append(forked(2))
+        return made[-1]
+
+    found = search(KillsWorkers(tmp_path, 2, how), executor=make)
+    assert course(found) == course(search())
+    assert len(made) == 3
+
+
+def test_a_candidate_that_kills_each_of_its_workers_is_named(tmp_path: Any) -> None:
+    with pytest.raises(SearchError, match=r"candidate 0: 3 workers died of it.*too little memory"):
+        search(KillsWorkers(tmp_path, 99), executor=lambda: forked(2))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_pool_that_was_handed_in_and_died_is_replaced_by_this_process(tmp_path: Any) -> None:
+    with (
+        forked(2) as pool,
+        pytest.warns(RuntimeWarning, match="in this process, one after") as told,
+    ):
+        found = search(KillsWorkers(tmp_path, 99), executor=pool)
+    assert course(found) == course(search())
+    assert len(told) == 1
+
+
+def test_a_failure_in_a_worker_is_told_with_its_traceback() -> None:
+    with (
+        forked(2) as pool,
+        pytest.raises(SearchError, match=r"(?s)candidate 0 \(.*def fails|in fails.*no such luck"),
+    ):
+        search(fails, executor=pool)
+
+
+def test_what_cannot_be_pickled_is_told() -> None:
+    with forked(1) as pool:
+        with pytest.raises(SearchError, match=r"evaluator or fine_tuner.*at the top level"):
+            search(lambda model: evaluate(model), executor=pool)
+        with pytest.raises(SearchError, match=r"evaluator or fine_tuner.*at the top level"):
+            search(executor=pool, fine_tuner=lambda model: None)
+        model = network()
+        model.register_forward_hook(lambda *_: None)
+        with pytest.raises(SearchError, match=r"candidate 0: the model cannot be sent.*a hook"):
+            SimulatedAnnealingPruner(model, CONFIG, evaluate, executor=pool).compress()
+
+
+def test_what_a_worker_cannot_load_is_told(monkeypatch: Any) -> None:
+    """As in a notebook, whose functions a worker does not know."""
+    with forked(1) as pool:
+        pool.submit(os.getpid).result()  # the worker is there before the function is
+        import search_jobs
+
+        monkeypatch.setattr(search_jobs, "later", _later, raising=False)
+        monkeypatch.setattr(_later, "__module__", "search_jobs")
+        monkeypatch.setattr(_later, "__qualname__", "later")
+        with pytest.raises(SearchError, match=r"(?s)later.*could not load evaluator.*notebook"):
+            search(_later, executor=pool)
+
+
+def _later(model: Any) -> float:
+    return evaluate(model)
+
+
+def test_a_pool_that_was_closed() -> None:
+    pool = forked(1)
+    pool.shutdown()
+    with pytest.raises(SearchError, match="executor: takes no more candidates"):
+        search(executor=pool)
+
+
+def test_what_is_no_executor() -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigError, match="threads share"):
+        search(executor=pool)
+    with pytest.raises(ConfigError, match="executor: got int"):
+        search(executor=3)
+    with pytest.raises(SearchError, match="the function returned a int"):
+        search(executor=lambda: 3)
+    torch.set_num_threads(2)
+    with forked(1) as pool, pytest.raises(ConfigError, match=r"forked.*2 torch threads; pass Proc"):
+        search(executor=pool)
+
+
+def test_ctrl_c_leaves_no_work_behind(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SEARCH_JOBS", str(tmp_path))
+
+    def interrupt() -> None:
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        search(sleeps, executor=lambda: forked(2))
+    thread.join()
+    (worker,) = (int(path.name) for path in tmp_path.iterdir())
+    for _ in range(200):
+        if not _alive(worker):
+            return
+        time.sleep(0.02)
+    raise AssertionError("the worker goes on")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# -- a cluster -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of tornado's and the operating system's
+def test_a_cluster_finds_the_same_and_survives_its_workers(tmp_path: Any) -> None:
+    distributed = pytest.importorskip("distributed")
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(processes=True, **options) as cluster,
+        distributed.Client(cluster) as client,
+        distributed.Client(cluster.scheduler_address) as by_address,
+    ):
+        here = course(search(fine_tuner=tune_without_python))
+        for each in (client, by_address):
+            executor = each.get_executor()
+            assert course(search(fine_tuner=tune_without_python, executor=executor)) == here
+        (tmp_path / "one").mkdir()
+        kills = KillsWorkers(tmp_path / "one", 1, "kill")
+        assert course(search(kills, executor=client.get_executor())) == course(search())
+        with pytest.raises(SearchError, match=r"(?s)candidate 0 .*no such luck"):
+            search(fails, executor=client.get_executor())
+        (tmp_path / "all").mkdir()
+        cluster.scheduler.allowed_failures = 0
+        kills = KillsWorkers(tmp_path / "all", 99)
+        with pytest.raises(SearchError, match="candidate 0: 3 workers died of it"):
+            search(kills, executor=client.get_executor())
