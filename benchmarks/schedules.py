@@ -18,21 +18,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from speedup_time import commit, machine
+from parts import Part, paired, run, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,8 +40,6 @@ from compress.training import Distillation
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _data import digits
 
-RESULTS = Path(__file__).parent / "results"
-PARTS = ("sparse", "rounds", "overhead")
 BATCH = 64
 
 
@@ -238,37 +233,6 @@ def _seconds(call: Callable[[], None]) -> float:
 # --- the tables
 
 
-def paired(differences: list[float]) -> str:
-    """Mean difference in points of accuracy with its 95 % interval (Student's t), and who wins."""
-    mean, n = statistics.mean(differences), len(differences)
-    error = statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
-    t = {10: 2.262, 5: 2.776, 3: 4.303, 2: 12.706}.get(n, 1.96)
-    wins = sum(d > 0 for d in differences)
-    ties = sum(d == 0 for d in differences)
-    return f"{100 * mean:+.2f} ± {100 * t * error:.2f} | {wins} of {n}, {ties} ties"
-
-
-def table(columns: str, rows: list[str]) -> list[str]:
-    names = [name.strip() for name in columns.split("|")]
-    rule = " | ".join(["---", *["---:"] * (len(names) - 1)])
-    return [f"| {columns} |", f"| {rule} |", *(f"| {row} |" for row in rows), ""]
-
-
-def markdown(raw: dict[str, Any]) -> str:
-    """The parts that were measured, each with its conditions."""
-    tables = {"sparse": sparse_table, "rounds": rounds_table, "overhead": overhead_table}
-    lines = ["# Schedules", ""]
-    for name in PARTS:
-        if name in raw:
-            found = raw[name]["conditions"]
-            lines += tables[name](raw[name]["rows"])
-            versions = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
-            lines += [f"One thread of {found['machine']}; {versions}; {found['date']}; with "
-                      f"{found['arguments']}.", ""]  # fmt: skip
-    lines += ["± is the 95 % interval of the mean paired difference, in points of accuracy."]
-    return "\n".join([*lines, ""])
-
-
 def sparse_table(raw: list[dict[str, Any]]) -> list[str]:
     rows = []
     for sparsity in dict.fromkeys(row["sparsity"] for row in raw):
@@ -314,7 +278,7 @@ def overhead_table(raw: list[dict[str, Any]]) -> list[str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--width", type=int, default=16, help="of the large network")
@@ -332,29 +296,14 @@ def main() -> None:
     if args.quick:
         args.seeds, args.epochs, args.steps, args.sizes, args.width = 2, 2, 1, [32], 4
         args.rounds = 2
-    path = RESULTS / "schedules.json"
-    given = conditions(args)  # of the commit before the results change it
-    for name in args.only:
-        rows = {"sparse": sparse, "rounds": rounds, "overhead": overhead}[name](args)
-        # Read again, since another process may have measured another part meanwhile.
-        raw = json.loads(path.read_text()) if path.exists() and not args.quick else {}
-        raw[name] = {"conditions": given, "rows": rows}
-        print("\n" + markdown(raw))
-        if not args.quick:
-            RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps(raw, indent=1) + "\n")
-            path.with_suffix(".md").write_text(markdown(raw))
+    run("Schedules", "schedules", PARTS, args)
 
 
-def conditions(args: argparse.Namespace) -> dict[str, Any]:
-    versions = {"compress": commit()} | {p: version(p) for p in ("torch", "torchvision")}
-    return {
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("only", "quick")},
-        "machine": machine(),
-        "versions": versions,
-        "date": datetime.date.today().isoformat(),
-    }
-
+PARTS = {
+    "sparse": Part(sparse, sparse_table),
+    "rounds": Part(rounds, rounds_table),
+    "overhead": Part(overhead, overhead_table),
+}
 
 if __name__ == "__main__":
     main()

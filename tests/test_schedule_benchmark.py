@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import schedules
-from schedules import Digits, left, overhead_table, paired, rounds_table, sparse_table, width_for
+from parts import paired
+from schedules import Digits, left, overhead_table, rounds_table, sparse_table, width_for
 from torch import nn
 
 from compress import LevelPruner

@@ -114,6 +114,27 @@ def test_layers_that_can_only_go_together_are_a_group() -> None:
     assert point.share == pytest.approx(16 * 16 * 9 / weights)
 
 
+def test_the_ranking_of_a_group_is_what_choosing_takes() -> None:
+    model = planted()
+    config_list = [{"sparsity": 0.5, "op_types": ["default"]}]
+    for net, x in ((model, X), (_heads(), torch.rand(2, 6, 16))):
+        space = subject(net, config_list, x).space
+        coupling = space.coupling
+        assert coupling is not None
+        for group in space.groups:
+            assert coupling.ranked(group.layers) is not None
+            for sparsity in (0.0, 0.1, 0.3, 0.55, 0.9, 1.0):
+                gone = coupling.choose(dict.fromkeys(group.layers, sparsity))
+                point = space.point({group.name: sparsity})
+                assert point.gone is not None
+                assert (point.gone == gone).all()
+
+
+def _heads() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(16, 4, 24, batch_first=True).eval()
+
+
 @pytest.mark.parametrize("kind", ["sparsity", "params", "flops", "memory"])
 def test_the_budget_is_that_of_the_small_model(kind: str) -> None:
     model = planted()

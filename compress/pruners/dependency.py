@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,27 @@ class Coupling:
         gone = _choose(self.layers, budgets, self.fixed, shares, self._classes)
         self._warn_of_untouched(budgets, gone)
         return gone
+
+    def ranked(self, names: Collection[str]) -> tuple[np.ndarray, dict[str, int]] | None:
+        """The atoms of some layers that may go, in the order in which `choose` takes them.
+
+        And how many units of each layer an atom has; None where that is not the same for all atoms,
+        or where other layers have units of them.
+        """
+        layers = self._sharing_atoms(names)
+        counts: dict[str, int] = {}
+        for layer in layers:
+            atoms, numbers = np.unique(layer.roots, return_counts=True)
+            free = ~self.fixed[atoms]
+            if layer.name not in names or len(set(numbers[free].tolist())) != 1:
+                return None
+            counts[layer.name] = int(numbers[free][0])
+        units = [layer.roots[~self.fixed[layer.roots]] for layer in layers]
+        atoms = np.unique(np.concatenate(units))
+        if any(len(u) != len(atoms) * counts[x.name] for u, x in zip(units, layers, strict=True)):
+            return None
+        score = _score_by_root(self.roots, layers)
+        return atoms[np.argsort(score[atoms], kind="stable")], counts
 
     def _sharing_atoms(self, names: Container[str]) -> list[_Layer]:
         """The layers that have an atom of one of these."""

@@ -35,13 +35,15 @@ class Shrinker:
         """
         with torch.inference_mode(False):
             flat = by_leaf(self.model, masks)
+            first = self._cutter is None
             if self._cutter is None:
                 options = Options("exact", Limits(1, 1), True)
                 self._cutter = Cutter(self.model, self.dummy_input, flat, options)
             else:
                 self._cutter.renew(flat)
-            # The code is seen to follow in every cut, as nobody compares what the copies compute.
-            cut = self._cutter.cut(always_replay=True)
+            # Nobody compares what the copies compute: the code is seen to follow the first time,
+            # and then where a plan has something new in it.
+            cut = self._cutter.cut(always_replay=first)
             try:
                 return deepcopy(self.model), cut.plan
             finally:

@@ -77,6 +77,7 @@ class SearchSpace:
         pruner = kind(model, config_list, **arguments)
         self.targets: Targets = pruner.targets
         self._atoms: ScoredAtoms | None = None
+        self._ranked: dict[str, tuple[np.ndarray, dict[str, int]] | None] = {}
         self._memo: dict[tuple[Any, ...], np.ndarray] = {}
         sizes = _weights(pruner)
         self.weights = sum(sizes.values())
@@ -143,8 +144,15 @@ class SearchSpace:
     def _chosen(self, coupling: Coupling, group: SearchGroup, sparsity: float) -> np.ndarray:
         """The atoms of a group that go."""
         sparsity = min(sparsity, group.max_sparsity)
+        if group.name not in self._ranked:
+            self._ranked[group.name] = coupling.ranked(group.layers)
         layers = [x for x in coupling.layers if x.name in group.layers]
-        key = group.name, *(x.budget(sparsity, coupling.min_channels) for x in layers)
+        budgets = {x.name: x.budget(sparsity, coupling.min_channels) for x in layers}
+        ranked = self._ranked[group.name]
+        if ranked is not None:
+            atoms, units = ranked
+            return atoms[: min(budget // units[name] for name, budget in budgets.items())]
+        key = group.name, *budgets.values()
         if key not in self._memo:
             gone = coupling.choose(dict.fromkeys(group.layers, sparsity))
             self._memo[key] = np.flatnonzero(gone)
