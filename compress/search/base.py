@@ -120,7 +120,7 @@ class SearchPruner(MaskedModel):
         Raises:
             ConfigError: the target cannot be reached.
             SearchError: the evaluator raises, returns no number, or changes the model.
-            StateError: experiment_data_dir has another search.
+            StateError: experiment_data_dir has another search, or cannot be written.
             CompressError: what the one-shot pruner and the speedup raise.
 
             In each case the model is as it was.
@@ -128,15 +128,15 @@ class SearchPruner(MaskedModel):
         if self.result is None:
             with self._searching() as subject:
                 best, masks = self._search(subject)
+            result = self._result(best)
+            write_results(result, self.experiment_data_dir)
             suspended = suspend_masks(self.model)
             try:
                 masks.apply(self.model)
             except BaseException:
                 suspended.restore()
                 raise
-            self._masks = masks
-            self.result = self._result(best)
-            write_results(self.result, self.experiment_data_dir)
+            self._masks, self.result = masks, result
         return self.model, self.masks
 
     # -- what a search is made of ----------------------------------------------------------
@@ -198,6 +198,7 @@ class SearchPruner(MaskedModel):
                 yield subject
         finally:
             self._workers.close()
+            journal.close()
 
     def _key(self) -> dict[str, Any]:
         state = hashlib.sha256()

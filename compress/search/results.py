@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.errors import StateError
 from compress.files import write_atomically
 from compress.measure.table import Table
 from compress.search.trials import Trial
@@ -65,11 +66,16 @@ class SearchResult:
 
 
 def write_results(result: SearchResult, folder: str | os.PathLike[str] | None) -> None:
-    """Write ``search_history.csv`` and ``search_result.json``, as NNI v1 has them, and more."""
+    """Write ``search_history.csv`` and ``search_result.json``, as NNI v1 has them, and more.
+
+    Where matplotlib is installed also ``search.png``, the result's `plot`.
+
+    Raises:
+        StateError: they cannot be written.
+    """
     if folder is None:
         return
     path = Path(folder)
-    write_atomically(path / "search_history.csv", lambda p: _write_history(result, p))
     content = {
         "performance": result.best.performance,
         "config_list": json.dumps(result.config_list),
@@ -79,7 +85,14 @@ def write_results(result: SearchResult, folder: str | os.PathLike[str] | None) -
         "trials": len(result.trials),
     }
     text = json.dumps(content, indent=2)
-    write_atomically(path / "search_result.json", lambda p: p.write_text(text + "\n"))
+    try:
+        write_atomically(path / "search_history.csv", lambda p: _write_history(result, p))
+        write_atomically(path / "search_result.json", lambda p: p.write_text(text + "\n"))
+    except OSError as error:
+        raise StateError(
+            f"experiment_data_dir: the results cannot be written: {error}; the journal has all "
+            "candidates: make room, and begin the same search again to go on"
+        ) from error
 
 
 def _write_history(result: SearchResult, path: Path) -> None:
