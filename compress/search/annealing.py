@@ -84,6 +84,9 @@ class SimulatedAnnealingPruner(SearchPruner):
             found.append(found[-1] * self.cool_down_rate)
         return found
 
+    def _planned(self) -> int:
+        return 1 + len(self._temperatures()) * self.candidates
+
     def _neighbour(
         self, subject: Subject, current: Trial, heat: float, draw: random.Random
     ) -> Point:
