@@ -100,6 +100,9 @@ class SimulatedAnnealingPruner(SearchPruner):
             found.append(found[-1] * self.cool_down_rate)
         return found
 
+    def _planned(self) -> int | None:
+        return 1 + self.initial_candidates + len(self._temperatures()) * self.candidates
+
     def _neighbour(
         self,
         subject: Subject,

@@ -102,6 +102,9 @@ class AutoCompressPruner(SimulatedAnnealingPruner):
         assert trial is not None, "there is a round at least"
         return Found(trial, applied_masks(model), values_of(model), plans)
 
+    def _planned(self) -> int | None:
+        return self.num_iterations * ((super()._planned() or 0) + 1)
+
     def _train(
         self, model: nn.Module, config_list: Sequence[Mapping[str, Any]], number: int
     ) -> None:

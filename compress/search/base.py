@@ -20,6 +20,7 @@ from compress.errors import ConfigError, SearchError
 from compress.evaluator import Evaluator, as_evaluator
 from compress.graph.run import eager, evaluating
 from compress.masks import Masks, applied_masks, suspend_masks
+from compress.progress import progress_bar
 from compress.pruners.base import Pruner
 from compress.pruners.data import DataPruner, is_count
 from compress.pruners.export import MaskedModel
@@ -109,6 +110,8 @@ class SearchPruner(MaskedModel):
 
     result: SearchResult | None = None
     _needs_sparsity: ClassVar[bool] = True
+    _leading: Trial | None = None
+    _uniform_sparsities: Mapping[str, float] | None = None
 
     def __init__(
         self,
@@ -158,7 +161,7 @@ class SearchPruner(MaskedModel):
         Raises:
             ConfigError: the target cannot be reached.
             SearchError: the evaluator raises, returns no number, or changes the model.
-            StateError: experiment_data_dir has another search.
+            StateError: experiment_data_dir has another search, or cannot be written.
             CompressError: what the one-shot pruner and the speedup raise.
 
             In each case the model is as it was.
@@ -166,10 +169,10 @@ class SearchPruner(MaskedModel):
         if self.result is None:
             with self._searching() as subject:
                 found = self._search(subject)
+            result = self._result(found.trial)
+            write_results(result, self.experiment_data_dir)
             take(self.model, found.masks, found.values, found.plans)
-            self._masks = found.masks
-            self.result = self._result(found.trial)
-            write_results(self.result, self.experiment_data_dir)
+            self._masks, self.result = found.masks, result
         return self.model, self.masks
 
     # -- what a search is made of ----------------------------------------------------------
@@ -204,7 +207,14 @@ class SearchPruner(MaskedModel):
     def _uniform(self, subject: Subject, target: float | None = None) -> Point:
         """The same sparsity for all groups."""
         profile = {group.name: 1.0 for group in subject.space.groups}
-        return subject.scaled(profile, self.target if target is None else target, self.cost)
+        point = subject.scaled(profile, self.target if target is None else target, self.cost)
+        if target in (None, self.target):
+            self._uniform_sparsities = point.sparsities
+        return point
+
+    def _planned(self) -> int | None:
+        """How many candidates there will be, if that is known before."""
+        return None
 
     def _subject(self, model: nn.Module) -> Subject:
         """Of a copy of the model, for which it is taken over."""
@@ -228,15 +238,22 @@ class SearchPruner(MaskedModel):
         self.key = self._key()
         journal = Journal(self.experiment_data_dir, self.key)
         job = Job(self.evaluator, self.fine_tuner, 0, torch.get_num_threads())
+        name, replayed = type(self).__name__, len(journal) - 1  # one is the dense model
         try:
-            with eager():
+            with eager(), progress_bar(name, self._planned(), self.progress) as advance:
+
+                def seen(trial: Trial) -> None:
+                    advance(self._standing(trial), known=trial.number < replayed)
+
                 self._measure_dense(journal)
-                self._trials = Trials(job, self.metric, journal, self._workers, self.seed, _ignore)
+                self._trials = Trials(job, self.metric, journal, self._workers, self.seed, seen)
                 subject = self._subject(deepcopy(self.model))
                 self._space = subject.space
+                self._dense_flops = subject.cost(subject.space.point({}), "flops")
                 yield subject
         finally:
             self._workers.close()
+            journal.close()
 
     def _key(self) -> dict[str, Any]:
         state = hashlib.sha256()
@@ -303,15 +320,26 @@ class SearchPruner(MaskedModel):
         args, kwargs = seen[0]
         self.dummy_input = kwargs or args
 
-    def _result(self, best: Trial) -> SearchResult:
+    def _standing(self, trial: Trial) -> str:
+        """For the progress display: how good the best is, with one more trial."""
+        self._leading = self._best([trial, *([self._leading] if self._leading else [])])
         dense = chosen_metric(self._dense, self.metric)
+        return f"best {self._leading.performance:.4g} (dense {dense:.4g})"
+
+    def _result(self, best: Trial) -> SearchResult:
+        dense, trials = chosen_metric(self._dense, self.metric), tuple(self._trials.done)
         return SearchResult(
             pruner=type(self).__name__,
             dense=dense,
             best=best,
-            trials=tuple(self._trials.done),
+            trials=trials,
             config_list=self._space.config_list(best.sparsities),
             maximize=self.optimize_mode == "maximize",
+            dense_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            dense_flops=self._dense_flops,
+            uniform=next(
+                (t.number for t in trials if t.sparsities == self._uniform_sparsities), None
+            ),
         )
 
     # -- what is wrong ---------------------------------------------------------------------
@@ -359,10 +387,6 @@ class SearchPruner(MaskedModel):
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
-
-
-def _ignore(_: Trial) -> None:
-    pass
 
 
 def _overall(targets: Targets) -> float:

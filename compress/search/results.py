@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.errors import StateError
 from compress.files import write_atomically
 from compress.measure.table import Table
+from compress.search.plots import can_plot, plot_search
 from compress.search.trials import Trial
 
 
@@ -25,6 +27,8 @@ class SearchResult:
         trials: all, by number.
         config_list: what a one-shot pruner would be given for ``best``.
         maximize: whether more performance is better.
+        dense_parameters, dense_flops: of the model as it was; the FLOPs as `Trial` has them.
+        uniform: the number of the trial with the same sparsity everywhere, if there was one.
     """
 
     pruner: str
@@ -33,12 +37,23 @@ class SearchResult:
     trials: tuple[Trial, ...] = field(repr=False)
     config_list: list[dict[str, Any]]
     maximize: bool = True
+    dense_parameters: int | None = None
+    dense_flops: float | None = None
+    uniform: int | None = None
 
-    def pareto(self) -> list[Trial]:
-        """The trials than which none is better at as few parameters; fewest parameters first."""
+    def pareto(self, cost: str = "params") -> list[Trial]:
+        """The trials than which none is better at as little cost, cheapest first.
+
+        Args:
+            cost: "params" or "flops"; trials whose FLOPs are not known are left out.
+        """
         sign = 1 if self.maximize else -1
         front: list[Trial] = []
-        order = sorted(self.trials, key=lambda t: (t.parameters, -sign * t.performance, t.number))
+        costs = {t.number: t.parameters if cost == "params" else t.flops for t in self.trials}
+        order = sorted(
+            (t for t in self.trials if costs[t.number] is not None),
+            key=lambda t: (costs[t.number], -sign * t.performance, t.number),
+        )
         for trial in order:
             if not front or sign * trial.performance > sign * front[-1].performance:
                 front.append(trial)
@@ -60,16 +75,33 @@ class SearchResult:
         caption = f"{self.pruner}: {len(self.trials)} trials"
         return Table(columns, tuple(cells), caption)
 
+    def plot(self, path: str | os.PathLike[str], cost: str = "params") -> None:
+        """Draw performance over cost: trials, their Pareto front, the dense and the uniform model.
+
+        Args:
+            path: a .png, .svg or .pdf file.
+            cost: "params" or "flops".
+
+        Raises:
+            SearchError: matplotlib is not installed, or there is no such cost or kind of file.
+        """
+        plot_search(self, path, cost)
+
     def __str__(self) -> str:
         return str(self.table())
 
 
 def write_results(result: SearchResult, folder: str | os.PathLike[str] | None) -> None:
-    """Write ``search_history.csv`` and ``search_result.json``, as NNI v1 has them, and more."""
+    """Write ``search_history.csv`` and ``search_result.json``, as NNI v1 has them, and more.
+
+    Where matplotlib is installed also ``search.png``, the result's `plot`.
+
+    Raises:
+        StateError: they cannot be written.
+    """
     if folder is None:
         return
     path = Path(folder)
-    write_atomically(path / "search_history.csv", lambda p: _write_history(result, p))
     content = {
         "performance": result.best.performance,
         "config_list": json.dumps(result.config_list),
@@ -79,7 +111,16 @@ def write_results(result: SearchResult, folder: str | os.PathLike[str] | None) -
         "trials": len(result.trials),
     }
     text = json.dumps(content, indent=2)
-    write_atomically(path / "search_result.json", lambda p: p.write_text(text + "\n"))
+    try:
+        write_atomically(path / "search_history.csv", lambda p: _write_history(result, p))
+        write_atomically(path / "search_result.json", lambda p: p.write_text(text + "\n"))
+        if can_plot():
+            result.plot(path / "search.png")
+    except OSError as error:
+        raise StateError(
+            f"experiment_data_dir: the results cannot be written: {error}; the journal has all "
+            "candidates: make room, and begin the same search again to go on"
+        ) from error
 
 
 def _write_history(result: SearchResult, path: Path) -> None:
