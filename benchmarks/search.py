@@ -250,3 +250,179 @@ def planted_table(rows: list[dict[str, Any]]) -> list[str]:
         f"Annealing beside random search, with as many evaluations: {paired(ahead)}.",
         "",
     ]
+
+
+# --- a latency
+
+
+NETWORKS = ("resnet18", "mobilenet_v2")
+
+
+def search_latency(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for name in NETWORKS:
+        for seed in range(args.latency_seeds):
+            rows.append({"network": name, "seed": seed, **_latency(name, seed, args)})
+            print(rows[-1])
+    return rows
+
+
+def _latency(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    data = Data(seed, size=32, channels=3)
+    x = data.train[0][:BATCH]
+    model = torchvision.models.get_model(name, num_classes=10)
+    data.fit(model, args.latency_epochs, 3e-3)
+    dense = copy.deepcopy(model)
+    begin = time.perf_counter()
+    pruner = GlobalPruner(model, dummy_input=x, cost="latency", target=args.target)
+    pruner.compress()
+    searched = time.perf_counter() - begin
+    found = {"found": ModelSpeedup(model, x, progress=False).speedup_model()}
+    found["uniform"] = _as_fast(dense, x, args.target)
+    row: dict[str, Any] = {"dense": _measured(dense, data), "searched_s": searched}
+    for key, small in found.items():
+        data.fit(small, args.latency_epochs, 1e-3)
+        row[key] = _measured(small, data)
+    times = latencies({"dense": dense, **found}, x, repeats=60)
+    for key, each in times.items():
+        row[key]["ms"] = each.median_ms
+    return row
+
+
+def _measured(model: nn.Module, data: Data) -> dict[str, Any]:
+    summary = summarize(model, data.test[0][:1])
+    return {"accuracy": accuracy(model, *data.test), "flops": summary.flops,
+            "parameters": summary.parameters_total}  # fmt: skip
+
+
+def _as_fast(dense: nn.Module, x: Tensor, target: float) -> nn.Module:
+    """L1 with the same sparsity everywhere, with which the model meets the target best."""
+    low, high = 0.0, 0.95
+    best: tuple[float, nn.Module] | None = None
+    for _ in range(7):
+        share = (low + high) / 2
+        small = copy.deepcopy(dense)
+        L1FilterPruner(small, _config(share), mode="dependency_aware", dummy_input=x).compress()
+        ModelSpeedup(small, x, progress=False).speedup_model()
+        times = latencies({"dense": dense, "small": small}, x, repeats=30)
+        ratio = times["small"].median_ms / times["dense"].median_ms
+        if best is None or abs(ratio - target) < best[0]:
+            best = abs(ratio - target), small
+        low, high = (share, high) if ratio > target else (low, share)
+    assert best is not None, "there were tries"
+    return best[1]
+
+
+def latency_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for name in dict.fromkeys(row["network"] for row in rows):
+        mine = [row for row in rows if row["network"] == name]
+        for key in ("dense", "found", "uniform"):
+            means = {
+                what: statistics.mean(row[key][what] for row in mine)
+                for what in ("accuracy", "flops", "parameters", "ms")
+            }
+            shares = [row[key]["ms"] / row["dense"]["ms"] for row in mine]
+            lines.append(
+                f"{name}, {key} | {means['ms']:.1f} | {min(shares):.1%} to {max(shares):.1%} | "
+                f"{means['flops'] / 1e6:.1f} | {means['parameters'] / 1e6:.2f} | "
+                f"{means['accuracy']:.2%}"
+            )
+        gains = [row["found"]["accuracy"] - row["uniform"]["accuracy"] for row in mine]
+        seconds = statistics.mean(row["searched_s"] for row in mine)
+        lines.append(f"{name}, found - uniform | search {seconds:.0f} s | | | | {paired(gains)}")
+    columns = "model | ms | of dense | MFLOPs of one image | parameters M | accuracy"
+    return [
+        f"## A latency: batches of {BATCH} on this CPU, one thread",
+        "",
+        "found: GlobalPruner(cost=latency); uniform: L1, the same sparsity everywhere, as fast.",
+        "Measured again, in turn, after the fine-tuning.",
+        "",
+        *table(columns, lines),
+    ]
+
+
+# --- what a search costs by itself
+
+
+def search_overhead(args: argparse.Namespace) -> list[dict[str, Any]]:
+    data = Data(0, size=32, channels=3)
+    x = data.train[0][:1]
+
+    def tune(model: nn.Module) -> None:
+        images, labels = data.train
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        model.train()
+        for batch in torch.randperm(len(images))[: 10 * BATCH].split(BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+
+    rows = []
+    for name in NETWORKS:
+        for kind, given in ((SimulatedAnnealingPruner, {}), (NetAdaptPruner, {"fine_tuner": tune})):
+            torch.manual_seed(0)
+            model = torchvision.models.get_model(name, num_classes=10)
+            own = 0.0
+
+            def evaluate(model: nn.Module) -> float:
+                return accuracy(model, *data.search)
+
+            begin = time.perf_counter()
+            pruner = kind(model, _config(0.3), evaluator=evaluate, cost="flops", dummy_input=x,
+                          progress=False, **given)  # fmt: skip
+            pruner.compress()
+            whole = time.perf_counter() - begin
+            begin = time.perf_counter()
+            evaluate(model)
+            assert pruner.result is not None, "compress() sets it"
+            own = time.perf_counter() - begin + sum(t.seconds for t in pruner.result.trials)
+            rows.append({"network": name, "search": kind.__name__, "whole_s": whole,
+                         "user_s": own, "candidates": len(pruner.result.trials)})  # fmt: skip
+            print(rows[-1])
+    return rows
+
+
+def overhead_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"{row['search']} | {row['network']} | {row['candidates']} | {row['whole_s']:.1f} | "
+        f"{row['whole_s'] - row['user_s']:.1f} | {1 - row['user_s'] / row['whole_s']:.1%}"
+        for row in rows
+    ]
+    columns = "search | model | candidates | seconds | of its own | share"
+    return ["## What a search costs besides training and evaluating", "", *table(columns, lines)]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=15, help="of the planted network")
+    parser.add_argument("--share", type=float, default=0.5, help="of its FLOPs that goes")
+    parser.add_argument("--target", type=float, default=0.5, help="of the dense latency")
+    parser.add_argument("--latency-seeds", type=int, default=3)
+    parser.add_argument("--latency-epochs", type=int, default=4)
+    parser.add_argument("--quick", action="store_true", help="one seed: does it work?")
+    return parser.parse_args()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # "masks nothing of fc", the output, for each of thousands of candidates
+    warnings.filterwarnings("ignore", message="the pruner masks nothing")
+    args = arguments()
+    if args.quick:
+        args.seeds, args.epochs, args.latency_seeds, args.latency_epochs = 2, 2, 1, 1
+    run("Searches", "search", PARTS, args)
+
+
+PARTS = {
+    "planted": Part(search_planted, planted_table),
+    "latency": Part(search_latency, latency_table),
+    "overhead": Part(search_overhead, overhead_table),
+}
+
+if __name__ == "__main__":
+    main()
