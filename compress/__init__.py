@@ -1,5 +1,6 @@
 """Prune trained PyTorch networks: masks first, then a smaller network that computes the same."""
 
+from compress.cost import GlobalPruner
 from compress.evaluator import Evaluator
 from compress.graph.channels import ChannelGraph
 from compress.masks import Masks
@@ -50,6 +51,7 @@ __all__ = [
     "ChannelGraph",
     "Evaluator",
     "FPGMPruner",
+    "GlobalPruner",
     "GraSPPruner",
     "IterativePruner",
     "L1FilterPruner",

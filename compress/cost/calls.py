@@ -1,7 +1,7 @@
 """What each recorded call of the dense model does: its FLOPs, the memory that it takes.
 
-The recorded graph is run once more on the meta device, call by call, so that layouts, views and
-torch's own FLOP formulas are those of the real run.
+The recorded graph is run once more, call by call, on torch's fake tensors: they have no values, but
+the layouts of the model's own device, and torch's own FLOP formulas count.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress.graph.channels import ChannelGraph, Step
 from compress.graph.run import rng_kept
 from compress.graph.trace import tensors_in
+from compress.graph.walk import leaves_of
 from compress.measure.summary import FlopCounter
 from compress.rules.registry import Call, Rule
 
@@ -27,7 +29,7 @@ class Work:
     Attributes:
         call: the recorded call.
         rule: that of its function; opaque where the rule did not foresee this form of the call.
-        tensors: what it takes, by node: meta tensors of the dense shapes and strides.
+        tensors: what it takes, by node: fake tensors of the dense shapes and strides.
         flops: as ``torch.utils.flop_counter`` counts.
         makes: whether its output is new memory: no view, and not written in place.
         writes: whether it writes one of its arguments in place.
@@ -56,34 +58,41 @@ class Work:
 
 
 def dense_work(graph: ChannelGraph) -> list[Work]:
-    """The calls of the model in the order in which they ran, each run once on meta."""
+    """The calls of the model in the order in which they ran, each run once."""
     values: dict[fx.Node, Any] = {}
     steps = {step.call.node: step for step in graph.steps}
     found = []
-    with torch.no_grad(), rng_kept():
+    tensors = (tensor for _, tensor, _ in leaves_of(graph.model))
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    with torch.no_grad(), rng_kept(), FakeTensorMode():
         for node in graph.trace.nodes:
             if node.op != "call_function":
-                values[node] = _leaf(node)
+                values[node] = _leaf(node, device)
             elif node.meta["name"] == "getitem_output":
-                values[node] = _part(node, values)
+                values[node] = _part(node, values, device)
             else:
-                values[node], work = _run(steps[node], values)
+                values[node], work = _run(steps[node], values, device)
                 found.append(work)
     return found
 
 
-def _leaf(node: fx.Node) -> torch.Tensor:
-    """A parameter or buffer in its own layout; an input, of which the trace keeps none."""
+def _leaf(node: fx.Node, device: torch.device) -> torch.Tensor:
+    """A parameter, a buffer or an input in its own layout."""
+    shape, dtype = node.meta["shape"], node.meta["dtype"]
     if "tensor" in node.meta:
-        return torch.empty_like(node.meta["tensor"], device="meta")
-    return _blank(node.meta["shape"], node.meta["dtype"])
+        device, strides = node.meta["tensor"].device, node.meta["tensor"].stride()
+    else:
+        strides = node.meta["strides"]
+    if strides is None:
+        return _blank(shape, dtype, device)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
-def _blank(shape: Any, dtype: torch.dtype | None) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype or torch.float32, device="meta")
+def _blank(shape: Any, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype or torch.float32, device=device)
 
 
-def _part(node: fx.Node, values: Mapping[fx.Node, Any]) -> torch.Tensor:
+def _part(node: fx.Node, values: Mapping[fx.Node, Any], device: torch.device) -> torch.Tensor:
     source, key = node.args
     assert isinstance(source, fx.Node) and isinstance(key, int)
     whole = values[source]
@@ -91,10 +100,10 @@ def _part(node: fx.Node, values: Mapping[fx.Node, Any]) -> torch.Tensor:
     part = items[key] if isinstance(items, (tuple, list)) and key < len(items) else None
     if isinstance(part, torch.Tensor) and tuple(part.shape) == node.meta["shape"]:
         return part
-    return _blank(node.meta["shape"], node.meta["dtype"])
+    return _blank(node.meta["shape"], node.meta["dtype"], device)
 
 
-def _run(step: Step, values: Mapping[fx.Node, Any]) -> tuple[Any, Work]:
+def _run(step: Step, values: Mapping[fx.Node, Any], device: torch.device) -> tuple[Any, Work]:
     call, node = step.call, step.call.node
     counter = FlopCounter()
     tensors = {each: values[each] for each in call.inputs}
@@ -105,7 +114,7 @@ def _run(step: Step, values: Mapping[fx.Node, Any]) -> tuple[Any, Work]:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         runs = True
     except Exception:  # it looks at its data, or stands for code that the run could not see
-        result, runs = _unknown(node), False
+        result, runs = _unknown(node, device), False
     written = {each for each, tensor in _plain(tensors) if tensor._version != before[each]}
     if result is None and args:  # x[i] = y
         result = args[0]
@@ -119,11 +128,11 @@ def _plain(tensors: Mapping[fx.Node, Any]) -> list[tuple[fx.Node, torch.Tensor]]
     return [(node, t) for node, t in tensors.items() if isinstance(t, torch.Tensor)]
 
 
-def _unknown(node: fx.Node) -> Any:
+def _unknown(node: fx.Node, device: torch.device) -> Any:
     shape = node.meta["shape"]
     if shape and not isinstance(shape[0], int):
-        return [None if s is None else _blank(s, None) for s in shape]
-    return _blank(shape, node.meta["dtype"])
+        return [None if s is None else _blank(s, None, device) for s in shape]
+    return _blank(shape, node.meta["dtype"], device)
 
 
 def arguments(

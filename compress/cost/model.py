@@ -5,16 +5,18 @@
   convolutions, matrix products, attention; 1 multiply-add = 2 FLOPs.
 - "memory": bytes of parameters and buffers, and of every tensor that one run makes anew (no views,
   nothing written in place): the most that a forward for training keeps.
+- "latency": predicted milliseconds of one run: see `compress.cost.latency`.
 
-They are exact where what is asked to go can go; a channel that the speedup keeps as the carrier of
-a constant, or a bias that it adds, is not foreseen. Of a function without a rule whose FLOPs torch
-counts, all stay.
+The first three are exact where what is asked to go can go; a channel that the speedup keeps as the
+carrier of a constant, or a bias that it adds, is not foreseen. Of a function without a rule whose
+FLOPs torch counts, all stay.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -61,22 +63,32 @@ class SizeCost(CostModel):
         return self.terms(self.extents.counts(gone, roots))
 
 
-def cost_model(kind: str, graph: ChannelGraph) -> CostModel:
+def cost_model(kind: str, graph: ChannelGraph, **options: Any) -> CostModel:
     """The cost model of a name, for the model and the input that the graph is of.
 
     Args:
-        kind: "params", "flops" or "memory".
+        kind: "params", "flops", "memory" or "latency".
         graph: of the plain model.
+        options: of `compress.cost.latency.LatencyCost`.
 
     Raises:
         ConfigError: there is no such cost.
     """
-    if kind not in SIZES:
-        hint = closest(kind, SIZES) if isinstance(kind, str) else ""
-        raise ConfigError(f"cost: got {kind!r}; expected one of {', '.join(SIZES)}{hint}")
+    if kind == "latency":
+        from compress.cost.latency import LatencyCost
+
+        return LatencyCost(graph, **options)
+    check_cost(kind)
     extents = Extents(graph)
     products, unit = SIZES[kind]
     return SizeCost(extents, collected(extents, products(graph)), unit)
+
+
+def check_cost(kind: object) -> None:
+    """Raise ConfigError where there is no cost of this name."""
+    if kind not in COSTS:
+        hint = closest(kind, COSTS) if isinstance(kind, str) else ""
+        raise ConfigError(f"cost: got {kind!r}; expected one of {', '.join(COSTS)}{hint}")
 
 
 def _parameters(graph: ChannelGraph) -> Products:
@@ -119,3 +131,4 @@ SIZES = {
     "flops": (_flops, "FLOPs"),
     "memory": (_memory, "bytes"),
 }
+COSTS = (*SIZES, "latency")

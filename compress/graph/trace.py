@@ -85,7 +85,8 @@ class Trace:
 
     ``graph`` is the fx graph. A node's ``meta`` holds ``shape`` (a tuple; a tuple of shapes for a
     call that returns several tensors), ``dtype``, ``name`` (the plain function name), ``module``
-    (the path it ran in) and ``source`` (``(file, line)``); a leaf's holds its ``tensor``.
+    (the path it ran in) and ``source`` (``(file, line)``); a leaf's holds its ``tensor``, an
+    input's its ``strides`` (None where it has none).
     ``leaves`` maps parameter and buffer paths to their nodes, where the run used them.
     ``size_reads`` lists the tensors whose sizes Python code looked at, with the module that did.
     ``effects`` are the calls that count though nothing may use their output: they wrote a tensor in
@@ -164,6 +165,7 @@ class Recorder(TorchFunctionMode):
     def placeholder(self, index: int, stand_in: torch.Tensor) -> None:
         node = self.graph.placeholder(f"input_{index}")
         node.meta = {"name": "input", "module": "", "source": None}
+        node.meta["strides"] = stand_in.stride() if stand_in.layout == torch.strided else None
         self._register(node, stand_in)
 
     # -- recording -------------------------------------------------------------------------

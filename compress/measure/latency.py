@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +18,7 @@ from compress.graph.run import as_arguments, evaluating, rng_kept
 from compress.graph.trace import tensors_in
 
 _PASSES_IN_TURN = 10
+_CALLS_MS = 10.0  # so long a single call is repeated
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,18 @@ def latency(model: nn.Module, dummy_input: Any, *, warmup: int = 10, repeats: in
 
 
 def latencies(
-    models: Mapping[str, nn.Module], dummy_input: Any, *, warmup: int = 10, repeats: int = 50
+    models: Mapping[str, nn.Module],
+    dummy_input: Any,
+    *,
+    warmup: int = 10,
+    repeats: int = 50,
+    in_turn: int = _PASSES_IN_TURN,
 ) -> dict[str, Latency]:
     """`latency` of several models, taken in turn, a few passes of each at a time.
 
     Other work on the machine and the change of its clock rate then hit all models alike, so the
-    ratio of two medians is steadier than that of two `latency` calls.
+    ratio of two medians is steadier than that of two `latency` calls. ``in_turn``: how many passes
+    of each that are counted follow one another; ``samples_ms`` has them in order.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(
@@ -62,10 +71,10 @@ def latencies(
     for model in models.values():
         _passes_ms(model, dummy_input, warmup)
     samples: dict[str, list[float]] = {name: [] for name in models}
-    for done in range(0, repeats, _PASSES_IN_TURN):
+    for done in range(0, repeats, in_turn):
         for name, model in models.items():
             # The first pass finds another model's weights in the cache: not counted.
-            count = 1 + min(_PASSES_IN_TURN, repeats - done)
+            count = 1 + min(in_turn, repeats - done)
             samples[name] += _passes_ms(model, dummy_input, count)[1:]
     return {name: _latency(samples[name], models[name], dummy_input) for name in models}
 
@@ -82,6 +91,27 @@ def stopwatch() -> Iterator[Callable[[], float]]:
         yield elapsed
     finally:
         end = time.perf_counter()
+
+
+def call_ms(run: Callable[[], object], device: torch.device) -> float:
+    """The median time of one call, in milliseconds: long calls five times, short ones more often.
+
+    The first call is not counted.
+    """
+    _time_ms(run, device)
+    first = _time_ms(run, device)
+    repeats = min(max(int(_CALLS_MS / max(first, 1e-3)), 5), 50)
+    return float(np.median([first, *(_time_ms(run, device) for _ in range(repeats))]))
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called: measured times are of it, and of no other."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
 
 
 def _passes_ms(model: nn.Module, dummy_input: Any, count: int) -> list[float]:

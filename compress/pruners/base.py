@@ -232,7 +232,18 @@ class Pruner(MaskedModel, ABC):
         Raises:
             ConfigError, MaskError: as `calc_masks`; the model is as it was.
         """
-        before, masks = self._masks_before(), self.calc_masks()
+        return self.put(self.calc_masks())
+
+    def put(self, masks: Masks) -> tuple[nn.Module, Masks]:
+        """Mask the model, in place, in the place of this pruner's last masks.
+
+        Args:
+            masks: with those that the model had before.
+
+        Returns:
+            As `compress`.
+        """
+        before = self._masks_before()
         applied = applied_masks(self.model)
         if applied and masks & applied == masks:  # they only grow: what is on the model is changed
             masks.apply(self.model)

@@ -29,11 +29,15 @@ from compress.pruners.structure import head_grids, join_blocks_of, structure_cla
 
 @dataclass
 class _Layer:
-    """One target: its units' label roots and scores, and what limits how many may go."""
+    """One target: its units' label roots and scores, and what limits how many may go.
+
+    The criterion's scores are ``scores`` times ``scale``.
+    """
 
     name: str
     roots: np.ndarray
     scores: np.ndarray
+    scale: float
     sparsity: float | None
     max_sparsity: float
     group: int | None
@@ -172,11 +176,13 @@ def _layer(
 ) -> _Layer:
     units = len(scores)
     values = scores.detach().double().cpu().numpy()
-    mean = values.mean()
+    mean = float(values.mean())
+    scale = mean if mean > 0 and not isomorphic else 1.0
     return _Layer(
         name=target.name,
         roots=graph.root[_units(graph, target.name, units)],
-        scores=values / mean if mean > 0 and not isomorphic else values,
+        scores=values / scale,
+        scale=scale,
         sparsity=target.sparsity,
         max_sparsity=1.0 if target.max_sparsity is None else target.max_sparsity,
         group=target.group,
