@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class Trial:
         parameters: of the small model; where single weights are masked, those that are left.
         flops: of the small model, for the batch of the dummy input; None of a masked one.
         seconds: of training and evaluating it.
+        reports: what the fine-tuner yielded.
+        stopped: after these it was given up; its performance is the last of them.
     """
 
     number: int
@@ -41,6 +43,8 @@ class Trial:
     parameters: int
     flops: float | None
     seconds: float
+    reports: list[float] = field(default_factory=list)
+    stopped: bool = False
 
 
 class Trials:
@@ -159,17 +163,20 @@ class Trials:
                 f"candidate {number} ({_shown(point)}) could not be trained and evaluated; the "
                 f"model is as it was. What was raised:\n{outcome.failure}"
             )
-        metrics = read_metrics(outcome.value)
+        reports = list(outcome.reports)
+        metrics = {} if outcome.stopped else read_metrics(outcome.value)
         return Trial(
             number=number,
             stage=stage,
             sparsities=dict(point.sparsities),
             share=point.share,
             metrics=metrics,
-            performance=chosen_metric(metrics, self.metric),
+            performance=reports[-1] if outcome.stopped else chosen_metric(metrics, self.metric),
             parameters=parameters,
             flops=subject.cost(point, "flops"),
             seconds=outcome.seconds,
+            reports=reports,
+            stopped=outcome.stopped,
         )
 
     def _again(self, subject: Subject, point: Point, trial: Trial) -> dict[str, Tensor] | None:
