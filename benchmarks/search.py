@@ -20,6 +20,8 @@ import argparse
 import copy
 import statistics
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -27,12 +29,14 @@ from typing import Any
 
 import optuna
 import torch
-from parts import paired, table
+import torchvision
+from parts import Part, paired, run, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress import (
     AMCPruner,
+    GlobalPruner,
     L1FilterPruner,
     ModelSpeedup,
     NetAdaptPruner,
@@ -40,7 +44,7 @@ from compress import (
     SensitivityPruner,
     SimulatedAnnealingPruner,
 )
-from compress.measure import summarize
+from compress.measure import latencies, summarize
 from compress.search import SearchPruner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -364,7 +368,6 @@ def search_overhead(args: argparse.Namespace) -> list[dict[str, Any]]:
         for kind, given in ((SimulatedAnnealingPruner, {}), (NetAdaptPruner, {"fine_tuner": tune})):
             torch.manual_seed(0)
             model = torchvision.models.get_model(name, num_classes=10)
-            own = 0.0
 
             def evaluate(model: nn.Module) -> float:
                 return accuracy(model, *data.search)

@@ -34,7 +34,12 @@ from compress.schedule import (
     LinearPruner,
     LotteryTicketPruner,
 )
-from compress.search import AutoCompressPruner, NetAdaptPruner, SimulatedAnnealingPruner
+from compress.search import (
+    AutoCompressPruner,
+    NetAdaptPruner,
+    OptunaPruner,
+    SimulatedAnnealingPruner,
+)
 from compress.speedup import ModelSpeedup
 from compress.speedup.compare import verify
 
@@ -67,6 +72,7 @@ __all__ = [
     "MovementPruner",
     "NetAdaptPruner",
     "OBDFilterPruner",
+    "OptunaPruner",
     "RandomFilterPruner",
     "SNIPFilterPruner",
     "SNIPPruner",

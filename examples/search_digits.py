@@ -17,7 +17,7 @@ from _digits import DigitNet, Digits, parser
 from torch import nn
 
 from compress import (
-    L1FilterPruner,
+    GlobalPruner,
     ModelSpeedup,
     NetAdaptPruner,
     SimulatedAnnealingPruner,
@@ -25,6 +25,7 @@ from compress import (
 from compress.measure import compare, table
 from compress.search import SearchPruner
 
+CONVOLUTIONS = [{"op_types": ["Conv2d"]}]
 HELD_OUT = 300  # training images that the search evaluates with; the test images are for the table
 
 
@@ -45,14 +46,11 @@ def main() -> None:
     small = ModelSpeedup(model, data.sample, masks).speedup_model()
     data.fit(small, args.epochs)
 
-    assert pruner.result is not None, "compress() sets it"
     uniform = copy.deepcopy(dense)
-    everywhere = next(iter(pruner.result.trials[0].sparsities.values()))
-    config_list = [{"sparsity": everywhere, "op_types": ["Conv2d"]}]
-    L1FilterPruner(
-        uniform, config_list, mode="dependency_aware", dummy_input=data.sample
-    ).compress()
-    ModelSpeedup(uniform, data.sample).speedup_model()
+    GlobalPruner(
+        uniform, CONVOLUTIONS, cost="flops", target=1 - args.flops, strategy="local",
+        base_algo="l1", dummy_input=data.sample,
+    ).prune()  # fmt: skip
     data.fit(uniform, args.epochs)
 
     models = {"dense": dense, "searched": small, "uniform": uniform}
@@ -70,7 +68,7 @@ def search(
         with torch.no_grad():
             return float((model.eval()(images).argmax(1) == labels).float().mean())
 
-    config_list = [{"sparsity": flops, "op_types": ["Conv2d"]}]
+    config_list = [{**CONVOLUTIONS[0], "sparsity": flops}]
     if name == "annealing":
         return SimulatedAnnealingPruner(
             model, config_list, evaluate, cost="flops", experiment_data_dir=folder

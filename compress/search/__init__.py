@@ -2,13 +2,17 @@
 
 from compress.search.annealing import SimulatedAnnealingPruner
 from compress.search.autocompress import AutoCompressPruner
+from compress.search.base import SearchPruner
 from compress.search.netadapt import NetAdaptPruner
+from compress.search.optuna_pruner import OptunaPruner
 from compress.search.results import SearchResult
 from compress.search.trials import Trial
 
 __all__ = [
     "AutoCompressPruner",
     "NetAdaptPruner",
+    "OptunaPruner",
+    "SearchPruner",
     "SearchResult",
     "SimulatedAnnealingPruner",
     "Trial",

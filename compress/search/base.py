@@ -93,7 +93,8 @@ class SearchPruner(MaskedModel):
         dummy_input: an input of the model; by default that of the evaluator's first call.
         cost: what the sparsity is a fraction of: "sparsity" (the selected layers' weights),
             "params", "flops", "memory" or "latency" of the whole model.
-        fine_tuner: ``fine_tuner(model)`` trains each candidate before it is evaluated.
+        fine_tuner: ``fine_tuner(model)`` trains each candidate before it is evaluated. It may be a
+            generator that yields how good the model is after each epoch.
         experiment_data_dir: a folder for the journal, from which a search that was stopped goes on,
             and for search_history.csv, search_result.json and a plot. None: nothing is written.
         executor: a `concurrent.futures.Executor` that evaluates candidates, or a function that
@@ -198,8 +199,8 @@ class SearchPruner(MaskedModel):
         return trial.performance if self.optimize_mode == "maximize" else -trial.performance
 
     def _best(self, trials: Sequence[Trial]) -> Trial:
-        """Of equal ones the first."""
-        return max(trials, key=lambda trial: (self._gain(trial), -trial.number))
+        """Of equal ones the first; none that was stopped, if there is another."""
+        return max(trials, key=lambda t: (not t.stopped, self._gain(t), -t.number))
 
     def _evaluate(self, subject: Subject, points: Sequence[Point], stage: int = 0) -> list[Trial]:
         return self._trials.evaluate(subject, points, stage)[0]
@@ -238,7 +239,7 @@ class SearchPruner(MaskedModel):
         self.key = self._key()
         journal = Journal(self.experiment_data_dir, self.key)
         job = Job(self.evaluator, self.fine_tuner, 0, torch.get_num_threads())
-        name, replayed = type(self).__name__, len(journal) - 1  # one is the dense model
+        name, replayed = type(self).__name__, sum(entry.isdigit() for entry in journal)
         try:
             with eager(), progress_bar(name, self._planned(), self.progress) as advance:
 

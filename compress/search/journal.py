@@ -11,7 +11,7 @@ import json
 import os
 import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,10 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the entries."""
+        return iter(self._lines)
 
     def __del__(self) -> None:
         self.close()

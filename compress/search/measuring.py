@@ -6,7 +6,7 @@ import math
 import random
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -29,15 +29,18 @@ class Job:
 
     Attributes:
         evaluator: its ``eval_fn`` scores; it trains where there is no ``fine_tuner``.
-        fine_tuner: trains a model in place, before it is scored.
+        fine_tuner: trains a model in place, before it is scored. Where it is a generator, what it
+            yields says how good the model is so far.
         epochs: passes of ``evaluator.train``, in the place of a ``fine_tuner``.
         threads: of torch, so that sums come out the same wherever it runs.
+        stop: ``stop(what was yielded so far)``: whether the rest is not worth the time.
     """
 
     evaluator: Evaluator
     fine_tuner: Callable[[nn.Module], Any] | None
     epochs: int
     threads: int
+    stop: Callable[[Sequence[float]], bool] | None = None
 
     @property
     def trains(self) -> bool:
@@ -48,13 +51,16 @@ class Job:
 class Outcome:
     """What became of a candidate: a value or, of what the user's functions raised, the traceback.
 
-    ``state`` is its state_dict after the training, where there was one.
+    ``state`` is its state_dict after the training, where there was one; ``reports`` what the
+    fine-tuner yielded. A candidate that was ``stopped`` was not scored.
     """
 
     value: Any
     state: dict[str, Tensor] | None
     seconds: float
     failure: str | None = None
+    reports: tuple[float, ...] = ()
+    stopped: bool = False
 
 
 def carry_out(job: Job, model: nn.Module, seed: int) -> Outcome:
@@ -66,17 +72,31 @@ def carry_out(job: Job, model: nn.Module, seed: int) -> Outcome:
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         try:
-            if job.fine_tuner is not None:
-                with torch.enable_grad():
-                    job.fine_tuner(model)
-            elif job.epochs:
-                job.evaluator.train(model, job.epochs, progress=False)
+            reports, stopped = _trained(job, model)
+            if stopped:
+                return Outcome(None, None, elapsed(), None, reports, True)
             state = model.state_dict() if job.trains else None
-            return Outcome(job.evaluator.evaluate(model), state, elapsed())
+            return Outcome(job.evaluator.evaluate(model), state, elapsed(), None, reports)
         except Exception:  # of the user's functions, and told with all of its words
             return Outcome(None, None, elapsed(), traceback.format_exc())
         finally:
             torch.set_num_threads(threads)
+
+
+def _trained(job: Job, model: nn.Module) -> tuple[tuple[float, ...], bool]:
+    """What the fine-tuner yielded, and whether it was stopped."""
+    reports: list[float] = []
+    if job.fine_tuner is None:
+        if job.epochs:
+            job.evaluator.train(model, job.epochs, progress=False)
+        return (), False
+    with torch.enable_grad():
+        steps = job.fine_tuner(model)
+        for report in steps if isinstance(steps, Iterator) else ():
+            reports.append(chosen_metric(read_metrics(report), None))
+            if job.stop is not None and job.stop(reports):
+                return tuple(reports), True
+    return tuple(reports), False
 
 
 def read_metrics(value: Any) -> dict[str, float]:

@@ -38,7 +38,11 @@ def plot_search(result: SearchResult, path: str | os.PathLike[str], cost: str) -
         known = [(each, performance) for each, performance in known if each is not None]
         return [each for each, _ in known], [performance for _, performance in known]
 
-    axes.scatter(*at(result.trials), s=16, color=_GREY, label="trials", zorder=2)
+    whole = [trial for trial in result.trials if not trial.stopped]
+    axes.scatter(*at(whole), s=16, color=_GREY, label="trials", zorder=2)
+    if len(whole) < len(result.trials):
+        axes.scatter(*at(trial for trial in result.trials if trial.stopped), s=16, marker="x",
+                     color=_GREY, label="stopped", zorder=2)  # fmt: skip
     front = at(result.pareto(cost))
     # Between two trials of the front nothing better is known than the cheaper one.
     axes.step(*front, where="post", color=_BLUE, linewidth=1.2, zorder=3)

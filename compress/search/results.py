@@ -51,7 +51,7 @@ class SearchResult:
         front: list[Trial] = []
         costs = {t.number: t.parameters if cost == "params" else t.flops for t in self.trials}
         order = sorted(
-            (t for t in self.trials if costs[t.number] is not None),
+            (t for t in self.trials if costs[t.number] is not None and not t.stopped),
             key=lambda t: (costs[t.number], -sign * t.performance, t.number),
         )
         for trial in order:
@@ -62,10 +62,13 @@ class SearchResult:
     def table(self, rows: int = 10) -> Table:
         """The best trials, best first, below the dense model."""
         sign = 1 if self.maximize else -1
-        order = sorted(self.trials, key=lambda t: (-sign * t.performance, t.number))[:rows]
+        order = sorted(self.trials, key=lambda t: (t.stopped, -sign * t.performance, t.number))[
+            :rows
+        ]
         cells = [("dense", f"{self.dense:.4g}", "", "", "")]
         for trial in order:
             mark = " (taken)" if trial.number == self.best.number else ""
+            mark += " (stopped)" if trial.stopped else ""
             flops = "" if trial.flops is None else f"{trial.flops / 1e6:.2f}"
             cells.append((
                 f"{trial.number}{mark}", f"{trial.performance:.4g}", f"{trial.share:.1%}",
@@ -125,7 +128,7 @@ def write_results(result: SearchResult, folder: str | os.PathLike[str] | None) -
 
 def _write_history(result: SearchResult, path: Path) -> None:
     names = ("sparsity", "performance", "config_list", "number", "stage", "parameters", "flops",
-             "seconds", "metrics")  # fmt: skip
+             "seconds", "stopped", "metrics")  # fmt: skip
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Trial:
         parameters: of the small model; where single weights are masked, those that are left.
         flops: of the small model, for the batch of the dummy input; None of a masked one.
         seconds: of training and evaluating it.
+        reports: what the fine-tuner yielded.
+        stopped: after these it was given up; its performance is the last of them.
     """
 
     number: int
@@ -42,6 +44,8 @@ class Trial:
     parameters: int
     flops: float | None
     seconds: float
+    reports: list[float] = field(default_factory=list)
+    stopped: bool = False
 
 
 class Trials:
@@ -200,16 +204,19 @@ class Trials:
         parameters: int,
     ) -> Trial:
         metrics = self._metrics(outcome, f"{number} ({_shown(point)})")
+        reports = list(outcome.reports)
         return Trial(
             number=number,
             stage=stage,
             sparsities=dict(point.sparsities),
             share=point.share,
             metrics=metrics,
-            performance=chosen_metric(metrics, self.metric),
+            performance=reports[-1] if outcome.stopped else chosen_metric(metrics, self.metric),
             parameters=parameters,
             flops=subject.cost(point, "flops"),
             seconds=outcome.seconds,
+            reports=reports,
+            stopped=outcome.stopped,
         )
 
     @staticmethod
@@ -219,7 +226,7 @@ class Trials:
                 f"candidate {candidate} could not be trained and evaluated; the model is as it "
                 f"was. What was raised:\n{outcome.failure}"
             )
-        return read_metrics(outcome.value)
+        return {} if outcome.stopped else read_metrics(outcome.value)
 
     def _again(self, subject: Subject, point: Point, trial: Trial) -> dict[str, Tensor] | None:
         """The trained state of a candidate that was evaluated before the search was stopped."""
