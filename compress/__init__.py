@@ -33,6 +33,7 @@ from compress.schedule import (
     LinearPruner,
     LotteryTicketPruner,
 )
+from compress.search import OptunaPruner, SensitivityPruner, sensitivity_analysis
 from compress.speedup import ModelSpeedup
 from compress.speedup.compare import verify
 
@@ -62,12 +63,15 @@ __all__ = [
     "ModelSpeedup",
     "MovementPruner",
     "OBDFilterPruner",
+    "OptunaPruner",
     "RandomFilterPruner",
     "SNIPFilterPruner",
     "SNIPPruner",
+    "SensitivityPruner",
     "SlimPruner",
     "TaylorFOWeightFilterPruner",
     "TaylorFOWeightPruner",
     "WandaPruner",
+    "sensitivity_analysis",
     "verify",
 ]

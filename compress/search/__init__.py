@@ -3,6 +3,16 @@
 from compress.search.annealing import SimulatedAnnealingPruner
 from compress.search.optuna_pruner import OptunaPruner
 from compress.search.results import SearchResult
+from compress.search.sensitivity import Sensitivity
+from compress.search.sensitivity_pruner import SensitivityPruner, sensitivity_analysis
 from compress.search.trials import Trial
 
-__all__ = ["OptunaPruner", "SearchResult", "SimulatedAnnealingPruner", "Trial"]
+__all__ = [
+    "OptunaPruner",
+    "SearchResult",
+    "Sensitivity",
+    "SensitivityPruner",
+    "SimulatedAnnealingPruner",
+    "Trial",
+    "sensitivity_analysis",
+]
