@@ -38,7 +38,9 @@ from compress.search import (
     AutoCompressPruner,
     NetAdaptPruner,
     OptunaPruner,
+    SensitivityPruner,
     SimulatedAnnealingPruner,
+    sensitivity_analysis,
 )
 from compress.speedup import ModelSpeedup
 from compress.speedup.compare import verify
@@ -76,10 +78,12 @@ __all__ = [
     "RandomFilterPruner",
     "SNIPFilterPruner",
     "SNIPPruner",
+    "SensitivityPruner",
     "SimulatedAnnealingPruner",
     "SlimPruner",
     "TaylorFOWeightFilterPruner",
     "TaylorFOWeightPruner",
     "WandaPruner",
+    "sensitivity_analysis",
     "verify",
 ]

@@ -6,6 +6,8 @@ from compress.search.base import SearchPruner
 from compress.search.netadapt import NetAdaptPruner
 from compress.search.optuna_pruner import OptunaPruner
 from compress.search.results import SearchResult
+from compress.search.sensitivity import Sensitivity
+from compress.search.sensitivity_pruner import SensitivityPruner, sensitivity_analysis
 from compress.search.trials import Trial
 
 __all__ = [
@@ -14,6 +16,9 @@ __all__ = [
     "OptunaPruner",
     "SearchPruner",
     "SearchResult",
+    "Sensitivity",
+    "SensitivityPruner",
     "SimulatedAnnealingPruner",
     "Trial",
+    "sensitivity_analysis",
 ]
