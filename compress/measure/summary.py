@@ -57,7 +57,7 @@ def summarize(model: nn.Module, dummy_input: Any) -> ModelSummary:
     Raises RuntimeError, from the model's own exception, when the model cannot run on this input.
     """
     runner = _Runner(model, dummy_input)
-    counter = _FlopCounter()
+    counter = FlopCounter()
     try:
         # torchinfo reads names and classes: it would take a parametrised weight for an RNN's.
         with suspend_masks(model), evaluating(model), rng_kept(), torch.no_grad(), counter:
@@ -89,7 +89,7 @@ def model_size_mb(model: nn.Module) -> float:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
 
-class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """torch's FLOP formulas, without the module tracker of ``FlopCounterMode``.
 
     The tracker fails on weight norms without gradients (torch 2.4), and only the sum is wanted.

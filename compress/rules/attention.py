@@ -17,7 +17,17 @@ from torch import fx
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.shapes import per_position
 from compress.rules.contraction import Contraction, Geometry
-from compress.rules.registry import OPAQUE, Call, Read, Rule, Units, Value, rule, shape_of
+from compress.rules.registry import (
+    OPAQUE,
+    Call,
+    Read,
+    Rule,
+    Units,
+    Value,
+    each_axis,
+    rule,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from compress.speedup.decide import Decision
@@ -134,6 +144,9 @@ class MatMul(Contraction):
         odd = len(shape_of(a)) < 2 or len(shape_of(b)) < 2
         return [] if odd or self.has_weight(call) else [[(a, -1), (b, -2)]]
 
+    def products(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
+        return super().products(call) if self.has_weight(call) else Rule.products(self, call)
+
     def rewrite(self, call: Call, plan: PlanBuilder) -> None:
         if self.has_weight(call):
             super().rewrite(call, plan)
@@ -202,6 +215,10 @@ class Attention(Rule):
     def summed(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
         q, k, _ = self.operands(call)
         return [[(q, -1), (k, -1)]]
+
+    def products(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
+        q, k, _ = self.operands(call)  # q kᵀ, and its product with v
+        return [[*each_axis(node), (k, -2)] for node in (q, call.node)]
 
 
 def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:

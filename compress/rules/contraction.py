@@ -15,7 +15,7 @@ from torch import fx
 
 from compress.graph.labels import Axes, EqualParts, Field, LabelSpace
 from compress.graph.shapes import along, per_position
-from compress.rules.registry import Call, Read, Rule, Units, Value, rule, shape_of
+from compress.rules.registry import Call, Read, Rule, Units, Value, each_axis, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.decide import Decision
@@ -56,6 +56,12 @@ class Contraction(Rule):
     def makes(self, call: Call) -> list[Units]:
         g = self.geometry(call)
         return [Units(g.weight, g.weight_out, g.channel, g.x)]
+
+    def products(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
+        g = self.geometry(call)
+        if g.weight_in == 0:  # each input position is multiplied with all of the weight's row
+            return [[*each_axis(g.x), (g.weight, g.weight_out)]]
+        return [[*each_axis(call.node), (g.weight, g.weight_in)]]
 
     # -- labels ----------------------------------------------------------------------------
 
@@ -311,6 +317,10 @@ class Bilinear(Rule):
 
     def makes(self, call: Call) -> list[Units]:
         return [Units(call.arg(2, "weight"), 0, -1, call.arg(0, "input1"))]
+
+    def products(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
+        inputs = [(call.arg(2, "weight"), axis) for _, axis in self.sides(call)]
+        return [[*each_axis(call.node), *inputs]]
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         weight, bias, lead = axes(call.arg(2, "weight")), call.arg(3, "bias"), []

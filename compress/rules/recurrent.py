@@ -19,7 +19,7 @@ from compress.graph.labels import Axes, Axis, EqualParts, LabelSpace
 from compress.graph.shapes import along, per_position
 from compress.rules.attention import zero_positions
 from compress.rules.creation import is_zeros
-from compress.rules.registry import Call, Read, Rule, Units, rule, shape_of
+from compress.rules.registry import Call, Read, Rule, Units, each_axis, rule, shape_of
 
 if TYPE_CHECKING:
     from compress.speedup.decide import Decision
@@ -108,6 +108,12 @@ class Recurrent(Rule):
     def makes(self, call: Call) -> list[Units]:
         net = self.network(call)
         return [Units(each.weight_ih, 0, None, net.x) for each in net.directions]
+
+    def products(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
+        net = self.network(call)
+        steps = each_axis(net.x)[:-1]
+        weights = [w for d in net.directions for w in (d.weight_ih, d.weight_hh, d.weight_hr)]
+        return [[*steps, *each_axis(weight)] for weight in weights if weight is not None]
 
     # -- labels ----------------------------------------------------------------------------
 

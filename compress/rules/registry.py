@@ -89,6 +89,11 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return shape
 
 
+def each_axis(node: fx.Node) -> list[tuple[fx.Node, int]]:
+    """All axes of what a node stands for."""
+    return [(node, axis) for axis in range(len(shape_of(node)))]
+
+
 @dataclass(frozen=True, slots=True)
 class Read:
     """What a call reads of one axis of one input.
@@ -161,6 +166,12 @@ class Rule:
     def summed(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
         """For products of activations: each axis that is summed over, as it lies in each input."""
         return []
+
+    def products(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
+        """Axes whose sizes, multiplied, its FLOPs are in proportion to; the sum of several."""
+        if call.shape and not isinstance(call.shape[0], int):
+            return []
+        return [[*each_axis(call.node), *(sides[0] for sides in self.summed(call))]]
 
     def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Any:
         """Axes of the output (a tuple of them for several outputs)."""

@@ -1,0 +1,135 @@
+"""What each recorded call of the dense model does: its FLOPs, the memory that it takes.
+
+The recorded graph is run once more on the meta device, call by call, so that layouts, views and
+torch's own FLOP formulas are those of the real run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from compress.graph.channels import ChannelGraph, Step
+from compress.graph.run import rng_kept
+from compress.graph.trace import tensors_in
+from compress.measure.summary import FlopCounter
+from compress.rules.registry import Call, Rule
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of the dense model.
+
+    Attributes:
+        call: the recorded call.
+        rule: that of its function; opaque where the rule did not foresee this form of the call.
+        tensors: what it takes, by node: meta tensors of the dense shapes and strides.
+        flops: as ``torch.utils.flop_counter`` counts.
+        makes: whether its output is new memory: no view, and not written in place.
+        writes: whether it writes one of its arguments in place.
+        runs: whether the call could be run by itself.
+    """
+
+    call: Call
+    rule: Rule
+    tensors: Mapping[fx.Node, Any]
+    flops: int
+    makes: bool
+    writes: bool
+    runs: bool
+
+    @property
+    def free(self) -> bool:
+        """Whether it computes nothing: a view."""
+        return not self.makes and not self.writes
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """The nodes of the tensors that it makes: itself, or its parts."""
+        if not self.call.shape or isinstance(self.call.shape[0], int):
+            return [self.call.node]
+        return [n for n in self.call.node.users if n.meta["name"] == "getitem_output"]
+
+
+def dense_work(graph: ChannelGraph) -> list[Work]:
+    """The calls of the model in the order in which they ran, each run once on meta."""
+    values: dict[fx.Node, Any] = {}
+    steps = {step.call.node: step for step in graph.steps}
+    found = []
+    with torch.no_grad(), rng_kept():
+        for node in graph.trace.nodes:
+            if node.op != "call_function":
+                values[node] = _leaf(node)
+            elif node.meta["name"] == "getitem_output":
+                values[node] = _part(node, values)
+            else:
+                values[node], work = _run(steps[node], values)
+                found.append(work)
+    return found
+
+
+def _leaf(node: fx.Node) -> torch.Tensor:
+    """A parameter or buffer in its own layout; an input, of which the trace keeps none."""
+    if "tensor" in node.meta:
+        return torch.empty_like(node.meta["tensor"], device="meta")
+    return _blank(node.meta["shape"], node.meta["dtype"])
+
+
+def _blank(shape: Any, dtype: torch.dtype | None) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype or torch.float32, device="meta")
+
+
+def _part(node: fx.Node, values: Mapping[fx.Node, Any]) -> torch.Tensor:
+    source, key = node.args
+    assert isinstance(source, fx.Node) and isinstance(key, int)
+    whole = values[source]
+    items = list(whole.values()) if isinstance(whole, Mapping) else whole
+    part = items[key] if isinstance(items, (tuple, list)) and key < len(items) else None
+    if isinstance(part, torch.Tensor) and tuple(part.shape) == node.meta["shape"]:
+        return part
+    return _blank(node.meta["shape"], node.meta["dtype"])
+
+
+def _run(step: Step, values: Mapping[fx.Node, Any]) -> tuple[Any, Work]:
+    call, node = step.call, step.call.node
+    counter = FlopCounter()
+    tensors = {each: values[each] for each in call.inputs}
+    before = {each: tensor._version for each, tensor in _plain(tensors)}
+    args, kwargs = arguments(node, tensors.__getitem__)
+    try:
+        with counter:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        runs = True
+    except Exception:  # it looks at its data, or stands for code that the run could not see
+        result, runs = _unknown(node), False
+    written = {each for each, tensor in _plain(tensors) if tensor._version != before[each]}
+    if result is None and args:  # x[i] = y
+        result = args[0]
+    mine = [t.untyped_storage()._cdata for t in tensors_in(result)]
+    theirs = {t.untyped_storage()._cdata for _, t in _plain(tensors)}
+    makes = bool(mine) and not any(memory in theirs for memory in mine)
+    return result, Work(call, step.rule, tensors, counter.flops, makes, bool(written), runs)
+
+
+def _plain(tensors: Mapping[fx.Node, Any]) -> list[tuple[fx.Node, torch.Tensor]]:
+    return [(node, t) for node, t in tensors.items() if isinstance(t, torch.Tensor)]
+
+
+def _unknown(node: fx.Node) -> Any:
+    shape = node.meta["shape"]
+    if shape and not isinstance(shape[0], int):
+        return [None if s is None else _blank(s, None) for s in shape]
+    return _blank(shape, node.meta["dtype"])
+
+
+def arguments(
+    node: fx.Node, tensor_of: Callable[[fx.Node], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a recorded call, with a tensor in the place of each node."""
+    args = fx.node.map_arg(node.args, tensor_of)
+    kwargs = fx.node.map_arg(node.kwargs, tensor_of)
+    return tuple(args), dict(kwargs)
