@@ -33,6 +33,7 @@ from compress.schedule import (
     LinearPruner,
     LotteryTicketPruner,
 )
+from compress.search import AMCPruner
 from compress.speedup import ModelSpeedup
 from compress.speedup.compare import verify
 
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ADMMPruner",
     "AGPPruner",
+    "AMCPruner",
     "ActivationAPoZRankFilterPruner",
     "ActivationAPoZRankPruner",
     "ActivationMeanRankFilterPruner",
