@@ -35,6 +35,7 @@ from compress.schedule import (
     LotteryTicketPruner,
 )
 from compress.search import (
+    AMCPruner,
     AutoCompressPruner,
     NetAdaptPruner,
     OptunaPruner,
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ADMMPruner",
     "AGPPruner",
+    "AMCPruner",
     "ActivationAPoZRankFilterPruner",
     "ActivationAPoZRankPruner",
     "ActivationMeanRankFilterPruner",

@@ -1,5 +1,6 @@
 """Searches: how much of each layer can go, found out by trying."""
 
+from compress.search.amc import AMCPruner
 from compress.search.annealing import SimulatedAnnealingPruner
 from compress.search.autocompress import AutoCompressPruner
 from compress.search.base import SearchPruner
@@ -11,6 +12,7 @@ from compress.search.sensitivity_pruner import SensitivityPruner, sensitivity_an
 from compress.search.trials import Trial
 
 __all__ = [
+    "AMCPruner",
     "AutoCompressPruner",
     "NetAdaptPruner",
     "OptunaPruner",
