@@ -135,7 +135,10 @@ def limit(coupling: Coupling, layer: int) -> int:
 
 
 class Order:
-    """The steps in which atoms go, from the whole model to the least; position 0 is the whole.
+    """The states that a model goes through, from the whole one to the least.
+
+    A state is how many atoms of each family are gone; position 0 is the whole model. Behind the
+    path there may be states beside it (`add_neighbours`).
 
     Args:
         coupling: the atoms.
@@ -143,34 +146,62 @@ class Order:
         losses: for a family, the numbers of its atoms that may be gone, ascending from 0.
         strategy: "global": next is the step that loses the least for what it saves. "local": the
             one after which its family has given the least share of its cost.
+
+    Attributes:
+        states: those of the path, and the others behind them.
+        path: how many are of the path.
     """
 
     def __init__(self, coupling: Coupling, price: CostModel, losses: Losses, strategy: str) -> None:
         self.coupling, self.price = coupling, price
         self.families = families(coupling, shares(coupling))
         self._losses = [list(losses(coupling, family)) for family in self.families]
-        self.steps: list[tuple[int, int]] = []  # a family, and how many of its atoms are gone then
         steps = self._by_worth() if strategy == "global" else self._by_share()
-        self.steps = list(self._within_limits(steps))
-
-    def __len__(self) -> int:
-        return len(self.steps) + 1
+        self.states = [(0,) * len(self.families)]
+        for number, lost in steps:
+            state = (*self.states[-1][:number], lost, *self.states[-1][number + 1 :])
+            if self._allowed(state):
+                self.states.append(state)
+        self.path = len(self.states)
 
     def gone(self, position: int) -> np.ndarray:
-        """Bool (labels,): the roots that are gone after so many steps."""
+        """Bool (labels,): the roots that are gone in a state."""
         gone = np.zeros(len(self.coupling.roots), bool)
-        for number, lost in self.steps[:position]:
-            gone[self.families[number].atoms[:lost]] = True
+        for family, lost in zip(self.families, self.states[position], strict=True):
+            gone[family.atoms[:lost]] = True
         return gone
 
     def prices(self) -> np.ndarray:
-        """What the model costs at each position, float (positions,)."""
-        gone, roots = self.gone(0), self.coupling.roots
-        found = [self.price(gone, roots)]
-        for number, lost in self.steps:
-            gone[self.families[number].atoms[:lost]] = True
-            found.append(self.price(gone, roots))
-        return np.asarray(found)
+        """What the model costs in each state, float (states,)."""
+        roots = self.coupling.roots
+        return np.asarray([self.price(self.gone(i), roots) for i in range(len(self.states))])
+
+    def add_neighbours(self, positions: Iterable[int]) -> None:
+        """Add the states that are one step of one family away from these of the path.
+
+        Where steps are large, one of them may be nearer to a target than the path is.
+        """
+        known = dict.fromkeys(self.states)
+        for position in positions:
+            state = self.states[position]
+            for number, losses in enumerate(self._losses):
+                at = losses.index(state[number])
+                for other in (*losses[max(at - 1, 0) : at], *losses[at + 1 : at + 2]):
+                    found = (*state[:number], other, *state[number + 1 :])
+                    if self._allowed(found):
+                        known.setdefault(found)
+        self.states = list(known)
+
+    def _allowed(self, state: tuple[int, ...]) -> bool:
+        """Whether the limits of the layers, which several families may share, let so many go."""
+        lost = np.zeros(len(self.coupling.layers), np.int64)
+        for family, number in zip(self.families, state, strict=True):
+            for layer, units in family.needs:
+                lost[layer] += units * number
+        return all(n <= limit(self.coupling, i) for i, n in enumerate(lost.tolist()) if n)
+
+    def _none(self) -> np.ndarray:
+        return np.zeros(len(self.coupling.roots), bool)
 
     def _by_worth(self) -> Iterator[tuple[int, int]]:
         """The least loss for what is saved first.
@@ -182,7 +213,7 @@ class Order:
         What a step saves falls as others are taken, so that an old number is never too high (0 for
         a step that is new): only what is first in the queue needs a new one.
         """
-        gone, roots = self.gone(0), self.coupling.roots
+        gone, roots = self._none(), self.coupling.roots
         taken = [0] * len(self.families)
         left = np.ones(len(self.coupling.layers))  # of each layer's importance
         now = self.price(gone, roots)
@@ -213,7 +244,7 @@ class Order:
         for number, (family, losses) in enumerate(zip(self.families, self._losses, strict=True)):
             costs = []
             for lost in (*losses, len(family)):
-                gone = self.gone(0)
+                gone = self._none()
                 gone[family.atoms[:lost]] = True
                 costs.append(self.price(gone, roots))
             own = max(costs[0] - costs[-1], _LEAST)
@@ -222,16 +253,3 @@ class Order:
                 for lost, cost in zip(losses[1:], costs[1:], strict=False)
             ]
         return ((number, lost) for _, number, lost in sorted(found))
-
-    def _within_limits(self, steps: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """The steps that the limits of layers allow, where several families share a layer."""
-        left = {i: limit(self.coupling, i) for i in range(len(self.coupling.layers))}
-        taken = [0] * len(self.families)
-        for number, lost in steps:
-            more = lost - taken[number]
-            needs = [(i, units * more) for i, units in self.families[number].needs]
-            if all(units <= left[i] for i, units in needs):
-                for i, units in needs:
-                    left[i] -= units
-                taken[number] = lost
-                yield number, lost

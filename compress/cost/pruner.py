@@ -34,6 +34,7 @@ from compress.schedule.bases import base_arguments, base_type
 from compress.speedup import ModelSpeedup
 
 STRATEGIES = ("global", "local")
+_NEAR = 0.3  # of the goal: where states beside the path are looked at
 _SPARSITIES = ("sparsity", "sparsity_per_layer", "total_sparsity")
 
 
@@ -249,15 +250,18 @@ class GlobalPruner(MaskedModel):
                 cost.calibrate(gone, roots, measured)
             return measured
 
-        search = Search(
-            order.prices(), goal, lambda position: cost(order.gone(position), roots), measure,
-            tolerance=self.tolerance if self.cost == "latency" else 0.0, rounds=self.rounds,
-        )  # fmt: skip
         if isinstance(cost, LatencyCost):
             cost.calibrate(order.gone(0), roots, shrunk.dense)
+            near = order.prices() * shrunk.dense / order.price.dense / goal - 1
+            order.add_neighbours(np.flatnonzero(np.abs(near) < _NEAR).tolist())
+        search = Search(
+            order.prices(), order.path, goal,
+            lambda position: cost(order.gone(position), roots), measure,
+            tolerance=self.tolerance if self.cost == "latency" else 0.0, rounds=self.rounds,
+        )  # fmt: skip
         met = search.run(shrunk.dense)
         if met is None:
-            raise ConfigError(self._what_can_be_reached(search, order, target))
+            raise ConfigError(self._what_can_be_reached(search, shrunk.dense, target))
         gone = order.gone(met.position)
         kept = {x.name: (len(x.roots), int((~gone[x.roots]).sum())) for x in coupling.layers}
         rounds = tuple(search.rounds)
@@ -278,15 +282,15 @@ class GlobalPruner(MaskedModel):
     def _rounded(self, coupling: Coupling, family: Family) -> list[int]:
         return rounded_losses(coupling, family, self.round_to or 1)
 
-    def _what_can_be_reached(self, search: Search, order: Order, target: Target) -> str:
-        if not order.steps:
+    def _what_can_be_reached(self, search: Search, dense: float, target: Target) -> str:
+        if not search.rounds:
             return f"target: got {target}, and nothing of the selected layers can go"
         least = min(made.measured for made in search.rounds)
-        last = any(made.position == len(order) - 1 for made in search.rounds)
+        last = any(made.position == search.path - 1 for made in search.rounds)
         if last and least > search.goal:
             return (
                 f"target: got {target}, and the least that can be reached is "
-                f"{in_words(self.cost, least)} ({least / search.prices[0]:.1%}): every selected "
+                f"{in_words(self.cost, least)} ({least / dense:.1%}): every selected "
                 "layer is at its limit then; select more layers, or ask for less"
             )
         tried = ", ".join(in_words(self.cost, made.measured) for made in search.rounds)

@@ -46,10 +46,10 @@ class TargetReport:
             (name, str(units), str(kept), f"{kept / units:.0%}")
             for name, (units, kept) in self.kept.items()
         ]
-        caption = (
+        caption = (  # as a line of its own: a narrow table would fold it
             f"target: {self.target}; reached: {in_words(cost, self.measured)} of "
             f"{in_words(cost, self.dense)} ({self.reached:.1%}), predicted "
             f"{in_words(cost, self.predicted)} ({self.prediction_error:+.1%}), "
             f"{len(self.rounds)} cut{'s' if len(self.rounds) != 1 else ''} measured"
         )
-        return str(Table(("layer", "units", "kept", ""), tuple(rows), caption))
+        return f"{Table(('layer', 'units', 'kept', ''), tuple(rows))}\n{caption}"

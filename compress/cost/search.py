@@ -10,7 +10,7 @@ import numpy as np
 from compress.cost.calibration import calibrated
 
 _GUESSES = 3  # how often the position is changed before a cut is made
-_TRIES = 3  # how often one position is measured
+_TRIES = 2  # how often one position is measured
 _ROUNDING = 1 + 1e-9
 
 
@@ -40,7 +40,9 @@ class Search:
     What is known of some positions corrects the prices of all (`calibrated`).
 
     Args:
-        prices: float (positions,): falling.
+        prices: float (positions,): of the whole model first, then falling.
+        path: how many positions come first; those behind them are there for where no such one is
+            predicted to be near the goal.
         goal: the cost that is asked for.
         predict: what a position costs, better than its price.
         measure: what it really costs; asked again it measures again, and knows more.
@@ -52,6 +54,7 @@ class Search:
     def __init__(
         self,
         prices: np.ndarray,
+        path: int,
         goal: float,
         predict: Callable[[int], float],
         measure: Callable[[int], float],
@@ -59,7 +62,7 @@ class Search:
         tolerance: float,
         rounds: int,
     ) -> None:
-        self.prices, self.goal = prices, goal
+        self.prices, self.path, self.goal = prices, path, goal
         self.predict, self.measure = predict, measure
         self.tolerance, self.most = tolerance, rounds
         self.rounds: list[Round] = []
@@ -76,9 +79,9 @@ class Search:
         while len(self.prices) > 1 and len(self.rounds) < self.most:
             position = self._next()
             if [made.position for made in self.rounds].count(position) == _TRIES:
-                break  # there is nothing between its neighbours and it
+                break  # nothing else is as near
             made = Round(position, float(self._curve()[position]), self.measure(position))
-            if self._close(made, self.tolerance / 2):
+            if self._close(made.measured, self.tolerance / 2):
                 # Not by luck: what was measured again, together with the first time, is the result.
                 made = Round(position, made.predicted, self.measure(position))
             self.rounds.append(made)
@@ -86,7 +89,7 @@ class Search:
             if self._met(made):
                 return made
         last = {made.position: made for made in self.rounds}
-        found = [made for made in last.values() if self._close(made, self.tolerance)]
+        found = [made for made in last.values() if self._close(made.measured, self.tolerance)]
         return min(found, key=lambda made: abs(made.measured - self.goal), default=None)
 
     def _next(self) -> int:
@@ -101,22 +104,24 @@ class Search:
         return position
 
     def _nearest(self) -> int:
-        curve = self._curve()[1:]
-        if self.tolerance:
-            return 1 + int(np.argmin(np.abs(curve - self.goal)))
-        enough = np.flatnonzero(curve <= self.goal * _ROUNDING)
-        return 1 + int(enough[0]) if len(enough) else len(curve)
+        curve = self._curve()
+        if not self.tolerance:
+            enough = np.flatnonzero(curve[: self.path] <= self.goal * _ROUNDING)
+            return int(enough[0]) if len(enough) else self.path - 1
+        off = np.abs(curve - self.goal)
+        best = 1 + int(np.argmin(off[1 : self.path]))
+        return best if self._close(float(curve[best]), self.tolerance / 2) else int(np.argmin(off))
 
     def _curve(self) -> np.ndarray:
         """What each position costs, as far as is known."""
         known = self._guesses | self._known
         return calibrated(self.prices, {self.prices[each]: cost for each, cost in known.items()})
 
-    def _close(self, made: Round, tolerance: float) -> bool:
-        return tolerance > 0 and abs(made.measured / self.goal - 1) <= tolerance
+    def _close(self, cost: float, tolerance: float) -> bool:
+        return tolerance > 0 and abs(cost / self.goal - 1) <= tolerance
 
     def _met(self, made: Round) -> bool:
         if self.tolerance:
-            return self._close(made, self.tolerance / 2)
+            return self._close(made.measured, self.tolerance / 2)
         more = self._curve()[made.position - 1] > self.goal
         return made.measured <= self.goal * _ROUNDING and bool(more)

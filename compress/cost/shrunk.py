@@ -18,7 +18,7 @@ from compress.speedup import ModelSpeedup
 
 _IN_TURN, _TURNS = 3, 8  # passes of each model that follow one another, and how often
 _ERROR = 0.015  # more turns are taken until the standard error is this fraction
-_MOST_MS = 8_000.0  # or the small model has run for so long
+_MOST_MS = 5_000.0  # or the small model has run for so long
 
 
 class Shrunk:
