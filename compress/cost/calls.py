@@ -58,7 +58,7 @@ class Work:
 
 
 def dense_work(graph: ChannelGraph) -> list[Work]:
-    """The calls of the model in the order in which they ran, each run once."""
+    """The calls of the run in eval mode, in order, each run once more."""
     values: dict[fx.Node, Any] = {}
     steps = {step.call.node: step for step in graph.steps}
     found = []
@@ -72,7 +72,8 @@ def dense_work(graph: ChannelGraph) -> list[Work]:
                 values[node] = _part(node, values, device)
             else:
                 values[node], work = _run(steps[node], values, device)
-                found.append(work)
+                if not node.meta["training"]:
+                    found.append(work)
     return found
 
 

@@ -127,6 +127,11 @@ class GlobalPruner(MaskedModel):
         kind = base_type(base_algo or ("l1" if evaluator is None else "taylorfo"))
         arguments = base_arguments(kind, options, evaluator, dummy_input)
         self.base = kind(model, _layers(config_list), **arguments)
+        if not self.base.runs_the_model:
+            raise ConfigError(
+                f"pruning_params: got mode={self.base.mode!r}; a GlobalPruner takes what goes "
+                "together as one: expected 'dependency_aware' or 'isomorphic'"
+            )
         self.model = model
         self.report: TargetReport | None = None
         self.validation: Validation | None = None
@@ -150,7 +155,9 @@ class GlobalPruner(MaskedModel):
             )
         atoms = self.base.scored_atoms()
         if self.target is not None:
-            return atoms.masks(self._meet(atoms, self.target))
+            with suspend_masks(self.model):
+                gone = self._meet(atoms, self.target)
+            return atoms.masks(gone)
         assert self.threshold is not None
         return atoms.masks(below(atoms.coupling, self.threshold, self.strategy, self.round_to or 1))
 
