@@ -9,10 +9,11 @@ import torchvision
 from oracle import randomise
 from torch import nn
 
-from compress import L1FilterPruner, ModelSpeedup
+from compress import L1FilterPruner, Masks, ModelSpeedup
 from compress.cost import cost_model
 from compress.errors import ConfigError
 from compress.graph.channels import ChannelGraph
+from compress.masks import applied_masks
 from compress.measure import summarize
 
 
@@ -148,6 +149,35 @@ def test_what_is_shared_or_written_in_place_counts_once():
     graph = ChannelGraph(Shared(), torch.rand(3, 4))
     assert cost_model("params", graph).dense == 16 + 4 + 4 + 7
     assert cost_model("memory", graph).dense == 4 * (31 + 2 * 12)
+
+
+def test_what_runs_in_train_mode_only_is_a_parameter_and_no_more():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head, self.aux = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    graph = ChannelGraph(Auxiliary(), torch.rand(5, 4))
+    assert graph.trace.training
+    assert cost_model("flops", graph).dense == 2 * 5 * (4 * 6 + 6 * 2)
+    assert cost_model("params", graph).dense == 4 * 6 + 6 + 2 * (6 * 2 + 2)
+    gone = np.zeros(graph.space.size, bool)
+    gone[graph.root[graph.layers["stem.weight"].labels[:3]]] = True
+    assert cost_model("params", graph)(gone, graph.root) == 4 * 3 + 3 + 2 * (3 * 2 + 2)
+
+
+def test_masks_on_the_model_change_nothing():
+    model = Net()
+    graph = ChannelGraph(model, torch.rand(2, 3, 2, 2))
+    before = {kind: cost_model(kind, graph).dense for kind in ("params", "memory")}
+    masks = Masks({"one": {"weight": torch.rand(4, 3, 3, 3) > 0.5}})
+    masks.apply(model)
+    assert {kind: cost_model(kind, graph).dense for kind in before} == before
+    assert applied_masks(model) == masks
 
 
 def test_other_roots_after_the_first_ones():

@@ -165,7 +165,7 @@ def test_a_slower_machine_in_between_changes_nothing_for_a_fraction(monkeypatch)
 def test_by_the_real_clock(monkeypatch):
     monkeypatch.setattr("compress.cost.shrunk._MOST_MS", 20.0)
     model = net()
-    pruner = GlobalPruner(model, target=0.5, dummy_input=X, round_to=16, tolerance=0.9, rounds=2)
+    pruner = GlobalPruner(model, target=0.9, dummy_input=X, round_to=16, tolerance=0.9, rounds=2)
     model, masks = pruner.compress()
     assert pruner.report.measured > 0 and pruner.report.predicted > 0
     small = ModelSpeedup(model, X, masks).speedup_model()
@@ -257,13 +257,14 @@ def test_limits_and_rounding_are_kept():
         GlobalPruner(net(), config, cost="flops", target=0.4, dummy_input=X).compress()
 
 
-def test_masks_from_before_stay_and_a_second_call_takes_its_own_off():
+@pytest.mark.parametrize("cost", ["flops", "params"])
+def test_masks_from_before_stay_and_a_second_call_takes_its_own_off(cost):
     model = net()
-    pruner = GlobalPruner(model, cost="flops", target=0.5, dummy_input=X)
+    pruner = GlobalPruner(model, cost=cost, target=0.5, dummy_input=X)
     _, first = pruner.compress()
     _, again = pruner.compress()
     assert first == again
-    other = GlobalPruner(model, cost="flops", target=0.3, dummy_input=X)
+    other = GlobalPruner(model, cost=cost, target=0.3, dummy_input=X)
     _, more = other.compress()
     assert more & first == more and more != first
 
@@ -292,6 +293,7 @@ def test_masks_from_before_stay_and_a_second_call_takes_its_own_off():
         ({"target": 0.5, "round_to": 0}, "round_to: got 0"),
         ({"target": 0.5, "dummy_input": None}, "dummy_input: got None"),
         ({"target": 0.5, "base_algo": "l7"}, "got 'l7'"),
+        ({"target": 0.5, "pruning_params": {"mode": "global"}}, "got mode='global'"),
         ({"target": 0.5, "base_algo": "taylorfo"}, "evaluator: got None"),
         ({"target": 0.5, "y": torch.zeros(2)}, "y and criterion are for data"),
         ({"target": 0.5, "config_list": [{"sparsity": 0.5, "op_types": ["default"]}]},

@@ -1,12 +1,14 @@
 """Times of single calls: what is timed, what is remembered, what a model takes of them."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from oracle import randomise
 from staircase import FIXED_MS, SLOWER, Clock, model_ms, stairs, time_of
+from test_cost import MODELS
 from torch import nn
 from torch.nn import functional as F
 
@@ -80,6 +82,24 @@ def test_every_call_runs_by_itself_at_the_sizes_that_are_left():
     assert seen["conv2d"].startswith("conv2d(float32[2, 5, 4, 4], float32[5, 1, 3, 3]")
     assert seen["layer_norm"].startswith("layer_norm(float32[32, 5], [16]")
     assert seen["linear"] == "linear(float32[32, 5], float32[5, 5], float32[5])"
+
+
+@pytest.mark.parametrize("name", ["regnet", "llama", "recurrent", "vit"])
+def test_every_call_of_a_model_runs_by_itself(name):
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    config = [{"sparsity": 0.5, "op_types": ["default"]}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is pinned is left alone
+        pruner = L1FilterPruner(model.eval(), config, mode="dependency_aware", dummy_input=x)
+        coupling = pruner.scored_atoms().coupling
+        gone = coupling.choose()
+    cost = LatencyCost(coupling.graph)
+    every = [work for work in dense_work(coupling.graph) if not work.free]
+    assert len(every) == len(cost.work)  # all run on fake tensors
+    assert cost.touched(np.flatnonzero(gone), coupling.roots).any()
+    for work, shapes in cost.shapes(gone, coupling.roots):
+        assert standalone(work, shapes, CPU) is not None, (work.call.name, shapes)
 
 
 def test_the_layout_is_that_of_the_model():

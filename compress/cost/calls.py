@@ -58,7 +58,7 @@ class Work:
 
 
 def dense_work(graph: ChannelGraph) -> list[Work]:
-    """The calls of the model in the order in which they ran, each run once."""
+    """The calls of the run in eval mode, in order, each run once more."""
     values: dict[fx.Node, Any] = {}
     steps = {step.call.node: step for step in graph.steps}
     found = []
@@ -72,7 +72,8 @@ def dense_work(graph: ChannelGraph) -> list[Work]:
                 values[node] = _part(node, values, device)
             else:
                 values[node], work = _run(steps[node], values, device)
-                found.append(work)
+                if not node.meta["training"]:
+                    found.append(work)
     return found
 
 
@@ -108,7 +109,7 @@ def _run(step: Step, values: Mapping[fx.Node, Any], device: torch.device) -> tup
     counter = FlopCounter()
     tensors = {each: values[each] for each in call.inputs}
     before = {each: tensor._version for each, tensor in _plain(tensors)}
-    args, kwargs = arguments(node, tensors.__getitem__)
+    args, kwargs = arguments(node, tensors.__getitem__, device)
     try:
         with counter:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -136,9 +137,18 @@ def _unknown(node: fx.Node, device: torch.device) -> Any:
 
 
 def arguments(
-    node: fx.Node, tensor_of: Callable[[fx.Node], Any]
+    node: fx.Node, value_of: Callable[[fx.Node], Any], device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a recorded call, with a tensor in the place of each node."""
-    args = fx.node.map_arg(node.args, tensor_of)
-    kwargs = fx.node.map_arg(node.kwargs, tensor_of)
+    """The arguments of a recorded call, with a value in the place of each node.
+
+    What it was recorded to do on the meta device it does on ``device``.
+    """
+
+    def real(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return value_of(value)
+        on_meta = isinstance(value, torch.device) and value.type == "meta"
+        return device if on_meta else value
+
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), real)
     return tuple(args), dict(kwargs)

@@ -88,6 +88,13 @@ class LatencyCost(CostModel):
             found[index] = self._known[key]
         return found
 
+    def shapes(
+        self, gone: np.ndarray, roots: np.ndarray
+    ) -> list[tuple[Work, dict[fx.Node, tuple[int, ...]]]]:
+        """Each call, with what is left of the shapes of what it takes and makes."""
+        counts = self.extents.counts(gone, roots)
+        return [(work, self._shapes(work, counts)) for work in self.work]
+
     def touched(self, atoms: np.ndarray, roots: np.ndarray) -> np.ndarray:
         """Bool (calls,): those of which some tensor is smaller without these roots."""
         gone = np.zeros(len(roots), bool)

@@ -25,6 +25,7 @@ from compress.cost.extents import Extents, Place, Terms, collected
 from compress.errors import ConfigError, closest
 from compress.graph.channels import ChannelGraph
 from compress.graph.walk import leaves_of
+from compress.masks import suspend_masks
 from compress.rules.registry import each_axis
 
 Products = Iterator[tuple[float, list[Place]]]
@@ -81,7 +82,8 @@ def cost_model(kind: str, graph: ChannelGraph, **options: Any) -> CostModel:
     check_cost(kind)
     extents = Extents(graph)
     products, unit = SIZES[kind]
-    return SizeCost(extents, collected(extents, products(graph)), unit)
+    with suspend_masks(graph.model):  # else its parameters have other names than in the graph
+        return SizeCost(extents, collected(extents, products(graph)), unit)
 
 
 def check_cost(kind: object) -> None:

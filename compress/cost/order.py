@@ -80,7 +80,11 @@ def families(coupling: Coupling, scores: Sequence[np.ndarray]) -> list[Family]:
 
 def shares(coupling: Coupling) -> list[np.ndarray]:
     """Each unit's share of the scores of its layer: those of two layers have no unit in common."""
-    return [layer.scores / len(layer.scores) for layer in coupling.layers]
+    totals = [float(layer.scores.sum()) for layer in coupling.layers]
+    return [
+        layer.scores / (total if total > 0 else len(layer.scores))
+        for layer, total in zip(coupling.layers, totals, strict=True)
+    ]
 
 
 def rounded_losses(coupling: Coupling, family: Family, round_to: int) -> list[int]:

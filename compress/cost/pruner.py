@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from compress.cost.examples import Examples, Validation, is_data
-from compress.cost.latency import LatencyCost
-from compress.cost.model import CostModel, SizeCost, check_cost, cost_model
-from compress.cost.order import Family, Order, half_gone, measured_losses, rounded_losses
-from compress.cost.report import TargetReport
-from compress.cost.search import Search
-from compress.cost.shrunk import Shrunk
+from compress.cost.meet import TargetReport, Wish, meet
+from compress.cost.model import check_cost
 from compress.cost.table import LatencyTable
-from compress.cost.target import Target, in_words, parse_target
+from compress.cost.target import parse_target
 from compress.cost.threshold import below
 from compress.errors import ConfigError, closest
 from compress.evaluator import Evaluator
 from compress.masks import Masks, suspend_masks
-from compress.pruners.base import Pruner, ScoredAtoms
+from compress.pruners.base import Pruner
 from compress.pruners.data import is_count
-from compress.pruners.dependency import Coupling
 from compress.pruners.export import MaskedModel
 from compress.schedule.bases import base_arguments, base_type
 from compress.speedup import ModelSpeedup
 
 STRATEGIES = ("global", "local")
-_NEAR = 0.3  # of the goal: where states beside the path are looked at
 _SPARSITIES = ("sparsity", "sparsity_per_layer", "total_sparsity")
 
 
@@ -106,18 +98,12 @@ class GlobalPruner(MaskedModel):
         _check_numbers(tolerance, rounds)
         if target is not None and threshold is not None:
             raise ConfigError("GlobalPruner: got target and threshold; expected one of the two")
-        self.examples = None
-        if is_data(config_list):
-            self.examples = Examples(config_list, y, criterion)
+        self.examples = _examples(config_list, y, criterion)
+        if self.examples is not None:
             config_list = None
             dummy_input = self.examples.inputs if dummy_input is None else dummy_input
             evaluator = self.examples if evaluator is None else evaluator
-        elif y is not None or criterion is not None:
-            raise ConfigError(
-                "GlobalPruner: y and criterion are for data as the second argument, and got "
-                f"{type(config_list).__name__}; pass a tensor, a loader or a dataset as x"
-            )
-        self.cost, self.strategy, self.threshold = cost, strategy, threshold
+        self.strategy, self.threshold = strategy, threshold
         self.target = None if target is None else parse_target(cost, target)
         self.tolerance, self.rounds = tolerance, rounds
         self.round_to, self.dummy_input = round_to, dummy_input
@@ -127,6 +113,11 @@ class GlobalPruner(MaskedModel):
         kind = base_type(base_algo or ("l1" if evaluator is None else "taylorfo"))
         arguments = base_arguments(kind, options, evaluator, dummy_input)
         self.base = kind(model, _layers(config_list), **arguments)
+        if not self.base.runs_the_model:
+            raise ConfigError(
+                f"pruning_params: got mode={self.base.mode!r}; a GlobalPruner takes what goes "
+                "together as one: expected 'dependency_aware' or 'isomorphic'"
+            )
         self.model = model
         self.report: TargetReport | None = None
         self.validation: Validation | None = None
@@ -143,16 +134,7 @@ class GlobalPruner(MaskedModel):
             ConfigError: there is neither.
             CompressError: the target cannot be met; says what can be reached.
         """
-        if self.target is None and self.threshold is None:
-            raise ConfigError(
-                "GlobalPruner: nothing says how much goes; pass target=, such as target=0.5, or "
-                "threshold="
-            )
-        atoms = self.base.scored_atoms()
-        if self.target is not None:
-            return atoms.masks(self._meet(atoms, self.target))
-        assert self.threshold is not None
-        return atoms.masks(below(atoms.coupling, self.threshold, self.strategy, self.round_to or 1))
+        return self._masks(self.threshold, self.strategy)
 
     def compress(self) -> tuple[nn.Module, Masks]:
         """Mask the model, in place; ``report`` tells what was reached.
@@ -196,23 +178,36 @@ class GlobalPruner(MaskedModel):
             raise ConfigError(
                 "prune: validate=True evaluates on x and y; make the pruner with them"
             )
-        self.threshold = self.threshold if threshold is None else threshold
-        self.target = self.target if threshold is None else None
-        self.strategy = strategy or self.strategy
+        threshold = self.threshold if threshold is None else threshold
         where = next((p.device for p in self.model.parameters()), None)
         try:
             if device is not None:
                 self._move(device)
-            return self._prune(validate)
+            return self._prune(threshold, strategy or self.strategy, validate)
         except BaseException:
             if device is not None and where is not None:
                 self._move(where)
             raise
 
-    def _prune(self, validate: bool) -> nn.Module:
+    def _masks(self, threshold: float | None, strategy: str) -> Masks:
+        if threshold is None and self.target is None:
+            raise ConfigError(
+                "GlobalPruner: nothing says how much goes; pass target=, such as target=0.5, or "
+                "threshold="
+            )
+        atoms = self.base.scored_atoms()
+        if threshold is not None:
+            return atoms.masks(below(atoms.coupling, threshold, strategy, self.round_to or 1))
+        assert self.target is not None
+        wish = Wish(self.target, strategy, self.round_to, self.tolerance, self.rounds, self.table)
+        with suspend_masks(self.model):
+            gone, self.report = meet(self.model, self.dummy_input, atoms, wish)
+        return atoms.masks(gone)
+
+    def _prune(self, threshold: float | None, strategy: str, validate: bool) -> nn.Module:
         examples = self.examples if validate else None
         before = None if examples is None else examples.quality(self.model)
-        masks = self.calc_masks()
+        masks = self._masks(threshold, strategy)
         suspended = suspend_masks(self.model)
         try:
             small = ModelSpeedup(self.model, self.dummy_input, masks).speedup_model()
@@ -229,76 +224,17 @@ class GlobalPruner(MaskedModel):
         self.dummy_input = tree_map_only(Tensor, lambda t: t.to(device), self.dummy_input)
         self.base.dummy_input = self.dummy_input
 
-    # -- a target --------------------------------------------------------------------------
 
-    def _meet(self, atoms: ScoredAtoms, target: Target) -> np.ndarray:
-        """What has to go so that the model, really shrunk, costs what it shall."""
-        coupling, roots = atoms.coupling, atoms.coupling.roots
-        shrunk = Shrunk(self.model, self.dummy_input, self.cost, target.relative)
-        goal = target.of(shrunk.dense)
-        if goal >= shrunk.dense:
-            raise ConfigError(
-                f"target: got {target}, and the model costs {in_words(self.cost, shrunk.dense)} as "
-                "it is; expected less"
-            )
-        cost, order = self._order(coupling)
-
-        def measure(position: int) -> float:
-            gone = order.gone(position)
-            measured = shrunk.measure(gone, atoms.masks)
-            if isinstance(cost, LatencyCost):
-                cost.calibrate(gone, roots, measured)
-            return measured
-
-        if isinstance(cost, LatencyCost):
-            cost.calibrate(order.gone(0), roots, shrunk.dense)
-            near = order.prices() * shrunk.dense / order.price.dense / goal - 1
-            order.add_neighbours(np.flatnonzero(np.abs(near) < _NEAR).tolist())
-        search = Search(
-            order.prices(), order.path, goal,
-            lambda position: cost(order.gone(position), roots), measure,
-            tolerance=self.tolerance if self.cost == "latency" else 0.0, rounds=self.rounds,
-        )  # fmt: skip
-        met = search.run(shrunk.dense)
-        if met is None:
-            raise ConfigError(self._what_can_be_reached(search, shrunk.dense, target))
-        gone = order.gone(met.position)
-        kept = {x.name: (len(x.roots), int((~gone[x.roots]).sum())) for x in coupling.layers}
-        rounds = tuple(search.rounds)
-        self.report = TargetReport(target, shrunk.dense, met.predicted, met.measured, rounds, kept)
-        return gone
-
-    def _order(self, coupling: Coupling) -> tuple[CostModel, Order]:
-        """The cost model, and the order in which atoms go."""
-        options = {"table": self.table} if self.cost == "latency" else {}
-        cost = cost_model(self.cost, coupling.graph, **options)
-        price, losses = cost, self._rounded
-        if isinstance(cost, LatencyCost):
-            price = SizeCost(cost.extents, cost.smooth(half_gone(coupling), coupling.roots), "ms")
-            if self.round_to is None:
-                losses = partial(measured_losses, cost=cost)
-        return cost, Order(coupling, price, losses, self.strategy)
-
-    def _rounded(self, coupling: Coupling, family: Family) -> list[int]:
-        return rounded_losses(coupling, family, self.round_to or 1)
-
-    def _what_can_be_reached(self, search: Search, dense: float, target: Target) -> str:
-        if not search.rounds:
-            return f"target: got {target}, and nothing of the selected layers can go"
-        least = min(made.measured for made in search.rounds)
-        last = any(made.position == search.path - 1 for made in search.rounds)
-        if last and least > search.goal:
-            return (
-                f"target: got {target}, and the least that can be reached is "
-                f"{in_words(self.cost, least)} ({least / dense:.1%}): every selected "
-                "layer is at its limit then; select more layers, or ask for less"
-            )
-        tried = ", ".join(in_words(self.cost, made.measured) for made in search.rounds)
-        return (
-            f"target: got {target}, {in_words(self.cost, search.goal)}, and no cut of "
-            f"{len(search.rounds)} was within {self.tolerance:.0%} of it: measured {tried}. Is the "
-            "machine busy with other work? Try more rounds, a larger tolerance, or a larger batch"
+def _examples(data: Any, y: Any, criterion: Any) -> Examples | None:
+    """x and y, where they are in the place of a config_list."""
+    if is_data(data):
+        return Examples(data, y, criterion)
+    if y is not None or criterion is not None:
+        raise ConfigError(
+            "GlobalPruner: y and criterion are for data as the second argument, and got "
+            f"{type(data).__name__}; pass a tensor, a loader or a dataset as x"
         )
+    return None
 
 
 def _layers(config_list: Any) -> Any:

@@ -76,7 +76,7 @@ class Search:
             dense: what position 0 was measured to cost.
         """
         self._known[0] = dense
-        while len(self.prices) > 1 and len(self.rounds) < self.most:
+        while self.path > 1 and len(self.rounds) < self.most:
             position = self._next()
             if [made.position for made in self.rounds].count(position) == _TRIES:
                 break  # nothing else is as near
@@ -108,9 +108,11 @@ class Search:
         if not self.tolerance:
             enough = np.flatnonzero(curve[: self.path] <= self.goal * _ROUNDING)
             return int(enough[0]) if len(enough) else self.path - 1
-        off = np.abs(curve - self.goal)
-        best = 1 + int(np.argmin(off[1 : self.path]))
-        return best if self._close(float(curve[best]), self.tolerance / 2) else int(np.argmin(off))
+        off = np.abs(curve - self.goal)[1:]  # the whole model is no cut
+        best = 1 + int(np.argmin(off[: self.path - 1]))
+        if self._close(float(curve[best]), self.tolerance / 2):
+            return best
+        return 1 + int(np.argmin(off))
 
     def _curve(self) -> np.ndarray:
         """What each position costs, as far as is known."""

@@ -17,9 +17,11 @@ Shapes = Mapping[fx.Node, tuple[int, ...]]
 
 def description(work: Work, shapes: Shapes) -> str:
     """The function and its arguments, the same for calls that take the same time."""
-    args, kwargs = arguments(
-        work.call.node, lambda node: _described(work.tensors[node], shapes[node])
-    )
+
+    def described(node: fx.Node) -> str:
+        return _described(work.tensors[node], shapes[node])
+
+    args, kwargs = arguments(work.call.node, described, torch.device("meta"))
     named = [f"{name}={_text(value)}" for name, value in kwargs.items()]
     return f"{work.call.name}({', '.join([*map(_text, args), *named])})"
 
@@ -49,7 +51,7 @@ def standalone(
 
     def made(resize: Callable[[Any], Any], where: torch.device) -> Callable[[], Any]:
         tensors = {n: _tensor(like, shapes[n], where) for n, like in work.tensors.items()}
-        args, kwargs = _resized(node, resize, tensors)
+        args, kwargs = _resized(node, resize, tensors, where)
         return lambda: node.target(*args, **kwargs)  # type: ignore[operator]
 
     expected = [shapes[each] for each in work.outputs]
@@ -65,9 +67,12 @@ def standalone(
 
 
 def _resized(
-    node: fx.Node, resize: Callable[[Any], Any], tensors: Mapping[fx.Node, torch.Tensor]
+    node: fx.Node,
+    resize: Callable[[Any], Any],
+    tensors: Mapping[fx.Node, torch.Tensor],
+    device: torch.device,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = arguments(node, tensors.__getitem__)
+    args, kwargs = arguments(node, tensors.__getitem__, device)
     sizes = args[1:]
     if sizes and all(type(value) is int for value in sizes):  # view(x, 2, 3)
         return (args[0], *resize(sizes)), kwargs

@@ -180,6 +180,7 @@ def run_recorded(model: nn.Module, dummy_input: Any, training: bool, recorder: R
     paths = _module_paths(model, recorder)
     with torch.no_grad(), rng_kept(), kept, standing_in(model), eager(), paths:
         for mode in (False, True) if training else (False,):
+            recorder.training = mode
             with evaluating(model, mode):
                 with recorder:
                     if on_meta:

@@ -84,8 +84,9 @@ class Trace:
     """One recorded run (or two: in eval mode, and in train mode for modules used only there).
 
     ``graph`` is the fx graph. A node's ``meta`` holds ``shape`` (a tuple; a tuple of shapes for a
-    call that returns several tensors), ``dtype``, ``name`` (the plain function name), ``module``
-    (the path it ran in) and ``source`` (``(file, line)``); a leaf's holds its ``tensor``, an
+    call that returns several tensors), ``dtype``, ``name`` (the plain function name), and a call's
+    ``module`` (the path it ran in), ``source`` (``(file, line)``) and ``training`` (whether it is
+    of the run in train mode); a leaf's holds its ``tensor``, an
     input's its ``strides`` (None where it has none).
     ``leaves`` maps parameter and buffer paths to their nodes, where the run used them.
     ``size_reads`` lists the tensors whose sizes Python code looked at, with the module that did.
@@ -146,6 +147,7 @@ class Recorder(TorchFunctionMode):
         self.complete = True
         self.partial = False
         self.module_path = ""
+        self.training = False
         self._nodes: dict[int, fx.Node] = {}
         # Every tensor by its memory (views, detached ones); ids are unique while tensors live.
         self._sharing: dict[int, list[torch.Tensor]] = {}
@@ -225,6 +227,7 @@ class Recorder(TorchFunctionMode):
             node.kwargs = kwargs
         node.meta = {"name": name, "module": self.module_path, "source": _source()}
         node.meta |= {"shape": (), "dtype": None}  # until an output is registered
+        node.meta["training"] = self.training
         return node
 
     def _register(self, node: fx.Node, tensor: torch.Tensor) -> None:
