@@ -52,8 +52,8 @@ class AMCPruner(SearchPruner):
         acc_reward: R = −Error;  acc_flops_reward: R = −Error·log(FLOPs)
 
     In the first episode all groups keep the same fraction, in the others of the warm-up a random
-    one. After it, noise is on the agent's actions: a normal distribution, cut off at lbound and
-    rbound, of σ = ``init_delta``·``delta_decay``ⁱ in the i-th episode. An episode that ends in a
+    one. After it, noise is on the agent's actions: a normal distribution, cut off at what is
+    possible, of σ = ``init_delta``·``delta_decay``ⁱ in the i-th episode. An episode that ends in a
     small model that has been evaluated takes its reward. The best is that of the highest reward.
 
     Args:

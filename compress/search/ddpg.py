@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from compress.pruners.data import is_count
 
 _BASELINE_RATE = 0.5  # of the moving average over updates
+_PULL = 0.03  # c
 _TINY = 1e-12
 
 
@@ -82,20 +83,23 @@ class Agent:
         y_i = R_i − b + γ·Q'(s_{i+1}, μ'(s_{i+1})),  without the last term at an episode's end
         critic: minimise mean_i (y_i − Q(s_i, a_i))²;  actor: maximise mean_i Q(s_i, μ(s_i))
 
-    Here R − b is also divided by the rewards' standard deviation: the unit of a reward does not
-    matter. All is computed on the CPU, by one thread and with random numbers of its own: the same
-    seed and rewards give the same actions wherever the rewards come from, and torch's are left
-    alone.
+    Here R − b is also divided by the rewards' standard deviation, so that their unit does not
+    matter; μ(s) is at most the highest action that is possible in s, the last number of s; and
+    c·mean_i z(s_i)² is added to the actor's loss, where μ = sigmoid(z): out of a sigmoid that a
+    few episodes have saturated, others would not lead back.
+
+    All is computed on the CPU, by one thread and with random numbers of its own: the same seed and
+    rewards give the same actions wherever the rewards come from, and torch's are left alone.
 
     Args:
-        size: of a state.
+        size: of a state; its last number is the highest action that is possible in it.
         steps: of an episode.
     """
 
     def __init__(self, size: int, steps: int, settings: Settings, seed: int) -> None:
         self.settings = settings
         self.generator = torch.Generator().manual_seed(seed)
-        self.actor = nn.Sequential(*self._layers(size), nn.Sigmoid())
+        self.actor = nn.Sequential(*self._layers(size))
         self.critic = nn.Sequential(*self._layers(size + 1))
         self._targets = deepcopy(self.actor), deepcopy(self.critic)
         self._actor_step = torch.optim.Adam(self.actor.parameters(), settings.lr_a, fused=True)
@@ -109,10 +113,15 @@ class Agent:
         return float(torch.rand((), dtype=torch.float64, generator=self.generator))
 
     def act(self, state: np.ndarray, sigma: float = 0.0) -> float:
-        """The action μ(s) for a state (size,); with σ > 0 one drawn of TN(μ(s), σ², 0, 1)."""
+        """An action for a state (size,), from 0 to the highest h that is possible in it.
+
+        It is μ(s), or with σ > 0 drawn of TN(μ(s), σ², 0, h).
+        """
         with _one_thread(), torch.no_grad():
-            mean = float(self.actor(torch.from_numpy(state).float()))
-        return truncated_normal(mean, sigma, self.draw()) if sigma > 0 else mean
+            mean = float(_actions(self.actor, torch.from_numpy(state).float()[None])[0])
+        if sigma <= 0:
+            return mean
+        return truncated_normal(mean, sigma, float(state[-1]), self.draw())
 
     def remember(self, states: np.ndarray, actions: np.ndarray, reward: float) -> None:
         """Take the steps of an episode into the memory.
@@ -142,12 +151,13 @@ class Agent:
         states, actions, following, goes_on, rewards = self._batch()
         actor, critic = self._targets
         with torch.no_grad():
-            after = critic(torch.hstack([following, actor(following)]))
+            after = critic(torch.hstack([following, _actions(actor, following)[0]]))
             wanted = rewards + self.settings.discount * goes_on * after
         error = F.mse_loss(self.critic(torch.hstack([states, actions])), wanted)
         _descend(self._critic_step, error)
-        value = self.critic(torch.hstack([states, self.actor(states)])).mean()
-        _descend(self._actor_step, -value)
+        best, logits = _actions(self.actor, states)
+        value = self.critic(torch.hstack([states, best])).mean()
+        _descend(self._actor_step, _PULL * logits.square().mean() - value)
         with torch.no_grad():
             for target, of in zip(self._targets, (self.actor, self.critic), strict=True):
                 for slow, now in zip(target.parameters(), of.parameters(), strict=True):
@@ -179,12 +189,18 @@ class Agent:
         return layers[:-1]
 
 
-def truncated_normal(mean: float, sigma: float, quantile: float) -> float:
-    """The quantile in [0, 1] of TN(mean, σ², 0, 1), a normal distribution cut off at 0 and 1."""
+def truncated_normal(mean: float, sigma: float, high: float, quantile: float) -> float:
+    """The quantile, in [0, 1], of TN(mean, σ², 0, high): a normal distribution, cut off."""
     normal = NormalDist(mean, sigma)
-    low, high = normal.cdf(0.0), normal.cdf(1.0)
-    chance = min(max(low + quantile * (high - low), _TINY), 1 - _TINY)
-    return min(max(normal.inv_cdf(chance), 0.0), 1.0)
+    below, within = normal.cdf(0.0), normal.cdf(high)
+    chance = min(max(below + quantile * (within - below), _TINY), 1 - _TINY)
+    return min(max(normal.inv_cdf(chance), 0.0), high)
+
+
+def _actions(actor: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
+    """μ(s) and z(s), (batch, 1), of states (batch, size)."""
+    logits = actor(states)
+    return torch.minimum(logits.sigmoid(), states[:, -1:]), logits
 
 
 def is_number(value: object) -> bool:

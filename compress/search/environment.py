@@ -45,15 +45,16 @@ class Environment:
 
     He et al. 2018 (AMC, section 3.2). The state at group t is, all of it scaled to [0, 1],
 
-        (t, kind, n, c, h, w, stride, k, FLOPs[t], reduced, rest, a_{t−1})
+        (t, kind, n, c, h, w, stride, k, FLOPs[t], reduced, rest, a_{t−1}, a_max)
 
     The weights of its first layer are n × c × k × k, that layer's input is c × h × w; FLOPs[t] is
     what it can save alone, ``reduced`` what the groups before it save, ``rest`` what it and the
-    groups after it can save besides, and a_{t−1} the last action. "FLOPs" are any cost.
+    groups after it can save besides, a_{t−1} the last action, and a_max (which the paper
+    does not have) the highest that the budget leaves. "FLOPs" are any cost.
 
-    An action a keeps the fraction ``least + a·(most − least)`` of a group's units. Where too little
-    could then be saved even if all later groups lost all that they may, it is lowered as far
-    as is needed (algorithm 1). The savings are those of the channel graph, coupled groups, shared
+    An action a keeps the fraction ``least + a·(most − least)`` of a group's units. It is lowered to
+    a_max, above which too little could be saved even if all later groups lost all that they may
+    (algorithm 1). The savings are those of the channel graph, coupled groups, shared
     inputs and all, so that each walk ends within the budget.
 
     Args:
@@ -85,7 +86,7 @@ class Environment:
                 "max_sparsity_per_layer says; allow more, lower lbound, or select more layers"
             )
         self._features = self._fixed_features()
-        self.size = window * (self._features.shape[1] + 3)
+        self.size = window * (self._features.shape[1] + 4)
 
     def play(self, choose: Callable[[np.ndarray], float]) -> Episode:
         """One walk, in which ``choose`` maps an observation (size,) to an action in [0, 1]."""
@@ -94,11 +95,14 @@ class Environment:
         states: list[np.ndarray] = []
         history = np.zeros(self.size)
         for number, (group, (low, high)) in enumerate(self._with_limits()):
-            state = self._state(number, decided, actions[-1] if actions else 1.0)
+            fewest = self._within(decided, group, low, high)
+            last = actions[-1] if actions else 1.0
+            state = self._state(number, decided, last, self.action(fewest / group.units))
             history = np.concatenate([history[len(state) :], state])
             states.append(history)
             kept = self._least + choose(history) * (self._most - self._least)
-            wanted = min(max(math.floor((1 - kept) * group.units + _ROUNDING), low), high)
+            wanted = math.floor((1 - kept) * group.units + _ROUNDING)
+            wanted = min(max(wanted, fewest), high)
             decided[group.name] = self._within(decided, group, wanted, high) / group.units
             actions.append(self.action(decided[group.name]))
         point = self._subject.space.point(decided)
@@ -137,10 +141,12 @@ class Environment:
     def _saved(self, decided: dict[str, float], later: dict[str, float]) -> float:
         return self._subject.saved(self._subject.space.point(later | decided), self._cost)
 
-    def _state(self, number: int, decided: dict[str, float], last: float) -> np.ndarray:
+    def _state(
+        self, number: int, decided: dict[str, float], last: float, highest: float
+    ) -> np.ndarray:
         reduced = self._saved(decided, {})
         rest = self._saved(decided, self._top) - reduced
-        return np.append(self._features[number], (reduced, rest, last))
+        return np.append(self._features[number], (reduced, rest, last, highest))
 
     def _fixed_features(self) -> np.ndarray:
         """Of each group what no decision changes, (groups, 9): from t to FLOPs[t]."""
