@@ -453,13 +453,18 @@ def test_an_evaluator_may_come_in_each_way() -> None:
     def alone(model: nn.Module) -> float:
         return accuracy(images, model)
 
+    def turned(model: nn.Module, given: Any, verbose: bool = False) -> float:
+        return accuracy(given, model)
+
     found = [
         result(quick(with_loader, images, metric="accuracy")),
         result(quick(alone)),
+        result(quick(alone, images)),
+        result(quick(turned, images)),
         result(quick(Evaluator(eval_fn=alone))),
     ]
     performances = [[trial.performance for trial in each.trials] for each in found]
-    assert performances[0] == performances[1] == performances[2]
+    assert all(each == performances[0] for each in performances)
 
 
 def test_the_budget_may_be_of_parameters() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,9 @@ class AMCPruner(SearchPruner):
     Args:
         model, config_list, **arguments: as `SearchPruner`, but entries have no sparsity. ``cost``
             says of what ``flops_ratio`` is a fraction: "flops", "params", "memory" or "latency".
-        evaluator: ``evaluator(val_loader, model)`` -> a number, or several, as NNI v1 has it;
-            without val_loader ``evaluator(model)``, or an `Evaluator` with an ``eval_fn``.
+        evaluator: ``evaluator(val_loader, model)`` -> a number, or several, as NNI v1 has it, or
+            with the two in the other order where the first is called ``model``;
+            ``evaluator(model)``; without val_loader also an `Evaluator` with an ``eval_fn``.
         val_loader: batches, for the evaluator.
         flops_ratio: what is left at most of the model's FLOPs, in (0, 1]. With 1 only the reward
             acc_flops_reward asks for less.
@@ -232,7 +235,32 @@ def _with_loader(
             f"val_loader: got {type(val_loader).__name__}; expected a DataLoader, a list, or what "
             "else can be iterated again for each candidate"
         )
-    return Evaluator(val_loader, eval_fn=partial(evaluator, val_loader))
+    return Evaluator(val_loader, eval_fn=_Scorer(evaluator, val_loader))
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Calls an evaluator with the model, and with the loader where it takes one."""
+
+    evaluator: Callable[..., Any]
+    val_loader: Any
+
+    def __call__(self, model: nn.Module) -> Any:
+        names = self._names()
+        if len(names) == 1:
+            return self.evaluator(model)
+        if names and names[0] in ("model", "net", "network"):
+            return self.evaluator(model, self.val_loader)
+        return self.evaluator(self.val_loader, model)  # as NNI v1 calls it
+
+    def _names(self) -> list[str]:
+        """Of the arguments that have no default; none where it cannot be seen."""
+        try:
+            parameters = inspect.signature(self.evaluator).parameters.values()
+        except (TypeError, ValueError):
+            return []
+        places = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+        return [p.name for p in parameters if p.kind in places and p.default is Parameter.empty]
 
 
 def _with_sparsity(config_list: Any, flops_ratio: Any) -> Any:
