@@ -168,7 +168,10 @@ class Rule:
         return []
 
     def products(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
-        """Axes whose sizes, multiplied, its FLOPs are in proportion to; the sum of several."""
+        """The axes whose sizes multiply to its FLOPs, up to a factor; a list for each product.
+
+        By default those of the output, and what `summed` says.
+        """
         if call.shape and not isinstance(call.shape[0], int):
             return []
         return [[*each_axis(call.node), *(sides[0] for sides in self.summed(call))]]
