@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,15 @@ from torch import nn
 
 INPUTS = torch.linspace(-1, 1, 12 * 36).reshape(12, 1, 6, 6).sin()
 CONFIG = [{"sparsity": 0.5, "op_types": ["Conv2d"]}]
+
+
+def pool(workers: int, trains: bool = False) -> ProcessPoolExecutor:
+    """Forks begin at once, but none may train whose parent has, nor any where that uses cuda."""
+    clean = trains or torch.cuda.is_available()
+    context = multiprocessing.get_context("forkserver" if clean else "fork")
+    if clean:
+        context.set_forkserver_preload(["compress.search", "torch"])
+    return ProcessPoolExecutor(workers, mp_context=context)
 
 
 def network() -> nn.Sequential:
@@ -83,8 +94,14 @@ def fails(model: nn.Module) -> float:
     return evaluate(model)
 
 
-def sleeps(model: nn.Module) -> float:
-    if channels(model) < 8:
-        (Path(os.environ["SEARCH_JOBS"]) / str(os.getpid())).touch()
-        time.sleep(60)
-    return evaluate(model)
+class Sleeps:
+    """Leaves a file with the number of its process, and stays."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, model: nn.Module) -> float:
+        if channels(model) < 8:
+            (self.folder / str(os.getpid())).touch()
+            time.sleep(60)
+        return evaluate(model)

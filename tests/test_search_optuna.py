@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from search_jobs import CONFIG, evaluate, network, tune
+from search_jobs import CONFIG, evaluate, network, pool, tune
 from torch import nn
 
 from compress.errors import ConfigError, SearchError, StateError
@@ -69,9 +67,8 @@ def test_a_batch_does_not_depend_on_the_workers() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     here = course(search(batch_size=3, fine_tuner=tune))
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        assert course(search(batch_size=3, fine_tuner=tune, executor=pool)) == here
+    with pool(2, trains=True) as executor:
+        assert course(search(batch_size=3, fine_tuner=tune, executor=executor)) == here
     torch.set_num_threads(threads)
 
 
@@ -214,8 +211,8 @@ def test_giving_up_does_not_depend_on_the_workers_nor_on_a_kill(tmp_path: Path) 
     pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
     here = search(pruner=pruner, experiment_data_dir=tmp_path, **given)
     assert any(trial.stopped for trial in result(here).trials)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
-        assert course(search(pruner=pruner, executor=pool, **given)) == course(here)
+    with pool(2, trains=True) as executor:
+        assert course(search(pruner=pruner, executor=executor, **given)) == course(here)
     cut(tmp_path, 6)
     assert course(search(pruner=pruner, experiment_data_dir=tmp_path, **given)) == course(here)
     torch.set_num_threads(threads)

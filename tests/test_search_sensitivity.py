@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from search_jobs import CONFIG, evaluate, network, tune
+from search_jobs import CONFIG, evaluate, network, pool, tune
 from torch import nn
 
 from compress import L1FilterPruner, ModelSpeedup, SensitivityPruner, sensitivity_analysis
@@ -293,8 +291,8 @@ def test_workers_and_kills_change_nothing(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     given = {"sparsity_per_iter": 0.3, "finetuner": tune}
     here = course(search(experiment_data_dir=tmp_path, **given))
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
-        assert course(search(executor=pool, **given)) == here
+    with pool(2, trains=True) as executor:
+        assert course(search(executor=executor, **given)) == here
     journal = tmp_path / "search_journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[: len(lines) // 2]))

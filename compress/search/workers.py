@@ -16,7 +16,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ from compress.errors import ConfigError, SearchError
 from compress.search.measuring import Job, Outcome, carry_out
 
 _IN_FLIGHT = 32  # small models that wait for workers at the same time, at most
+_FORKED = (
+    "torch cannot train in a fork of a process that has trained on some device: pass "
+    'ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")), or "forkserver"'
+)
 _TRIES = 3  # of a candidate whose worker dies
 
 
@@ -289,6 +293,8 @@ def _carry_out_packed(job: bytes, model: bytes, seed: int) -> bytes:
     except Exception:
         return pickle.dumps(Outcome(None, None, 0.0, _not_found(traceback.format_exc())))
     outcome = carry_out(*arguments, seed)
+    if outcome.failure is not None and "fork-based multiprocessing" in outcome.failure:
+        outcome = replace(outcome, failure=f"{outcome.failure}{_FORKED}")
     try:
         return pickle.dumps(outcome)
     except Exception:
