@@ -20,6 +20,7 @@ from compress.masks import Masks, suspend_masks
 from compress.progress import progress_bar
 from compress.speedup.cut import Cut, Cutter, Options
 from compress.speedup.decide import Limits
+from compress.speedup.history import remember
 from compress.speedup.optimizer import check_optimizer, slice_optimizer
 from compress.speedup.plan import Plan, same_plan
 from compress.speedup.report import Report, make_report, parameter_counts
@@ -216,6 +217,7 @@ class ModelSpeedup:
             self._plan, self._given, self._done = cut.plan, masks, True
             self._cutter = None
             cutter.graph.trace.jumps.clear()  # the report, which keeps the graph, asks for none
+            remember(self.model, cut.plan)
         except BaseException:
             cut.undo()
             raise

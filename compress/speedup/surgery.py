@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress import modules
 from compress.graph.walk import leaves_of, modules_of
-from compress.modules import replace_class
+from compress.modules import REPLACEMENTS, replace_class
 from compress.speedup.knowledge import all_by_row
 from compress.speedup.plan import Attribute, Carry, Plan, Replacement, Slice
 
@@ -172,8 +171,7 @@ def _add_bias(owners: Owners, path: str, weight: torch.Tensor, plan: Plan) -> Ca
 
 
 def _replace_class(owners: Owners, each: Replacement) -> Callable[[], None]:
-    module, kind = owners[each.module], getattr(modules, each.kind)
-    return replace_class(module, kind, each.state)
+    return replace_class(owners[each.module], REPLACEMENTS[each.kind].becomes, each.state)
 
 
 def _set_attribute(owners: Owners, attribute: Attribute) -> Callable[[], None]:
