@@ -1,5 +1,6 @@
 """Prune trained PyTorch networks: masks first, then a smaller network that computes the same."""
 
+from compress.checkpoint import load, save
 from compress.evaluator import Evaluator
 from compress.graph.channels import ChannelGraph
 from compress.masks import Masks
@@ -69,5 +70,7 @@ __all__ = [
     "TaylorFOWeightFilterPruner",
     "TaylorFOWeightPruner",
     "WandaPruner",
+    "load",
+    "save",
     "verify",
 ]

@@ -34,6 +34,10 @@ class StateError(CompressError, ValueError):
     """A saved state cannot be read, or belongs to something else; nothing has been changed."""
 
 
+class CheckpointError(CompressError, ValueError):
+    """A checkpoint cannot be written or read, or does not fit; nothing has been changed."""
+
+
 class TraceError(CompressError, RuntimeError):
     """The model could not be run and recorded on the dummy input."""
 

@@ -150,9 +150,9 @@ def decode_plan(data: Any) -> Plan:
     table = [np.asarray(each, dtype=np.int64) for each in read.indices]
     return Plan(
         slices={path: _slice(path, each, table) for path, each in read.slices.items()},
-        # A stride of 0: a file may name any size, and only a model tells whether it is right.
+        # Of one number: a file may name any size, and only a model tells whether it is right.
         biases={
-            path: np.broadcast_to(np.zeros(()), (each.size,))
+            path: np.lib.stride_tricks.as_strided(np.zeros(1), (each.size,), (0,))
             for path, each in read.new_biases.items()
         },
         new_biases={path: each.weight for path, each in read.new_biases.items()},

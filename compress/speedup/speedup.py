@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from compress.errors import SpeedupError
 from compress.graph.explain import Explanation
-from compress.graph.walk import leaves_of
+from compress.graph.walk import leaves_of, wrapped_in
 from compress.masks import Masks, suspend_masks
 from compress.progress import progress_bar
 from compress.speedup.cut import Cut, Cutter, Options
@@ -294,14 +294,12 @@ def _without_moved(mask: torch.Tensor, plan: Plan, path: str) -> torch.Tensor:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise SpeedupError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    for wrapper in ("_orig_mod", "module"):
-        inner = getattr(model, wrapper, None)
-        torchs_own = type(model).__module__.startswith("torch.")
-        if isinstance(inner, nn.Module) and torchs_own and not isinstance(model, fx.GraphModule):
-            raise SpeedupError(
-                f"model is a {type(model).__name__} around your model; pass model.{wrapper}, and "
-                "wrap the small one again"
-            )
+    wrapper = wrapped_in(model)
+    if wrapper is not None:
+        raise SpeedupError(
+            f"model is a {type(model).__name__} around your model; pass model.{wrapper}, and "
+            "wrap the small one again"
+        )
     for path, module in model.named_modules():
         if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
             raise SpeedupError(
