@@ -1,6 +1,6 @@
 """Prune trained PyTorch networks: masks first, then a smaller network that computes the same."""
 
-from compress.checkpoint import load, save
+from compress.checkpoint import load, save, shrink_checkpoint
 from compress.evaluator import Evaluator
 from compress.graph.channels import ChannelGraph
 from compress.masks import Masks
@@ -72,5 +72,6 @@ __all__ = [
     "WandaPruner",
     "load",
     "save",
+    "shrink_checkpoint",
     "verify",
 ]

@@ -7,5 +7,6 @@ from compress.checkpoint.files import read_recipe
 from compress.checkpoint.loading import load
 from compress.checkpoint.recipe import Recipe
 from compress.checkpoint.saving import save
+from compress.checkpoint.shrinking import shrink_checkpoint
 
-__all__ = ["Recipe", "load", "read_recipe", "save"]
+__all__ = ["Recipe", "load", "read_recipe", "save", "shrink_checkpoint"]

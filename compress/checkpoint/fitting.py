@@ -209,7 +209,7 @@ def _tie_problems(names: Mapping[str, str], tied: Mapping[str, str]) -> Iterator
         if names.get(name, name) != names.get(path, path):
             yield f"{name}: it was tied to {path}; tie the two where the model is built"
     for name, path in names.items():
-        if name != path and name not in tied:
+        if tied.get(name, name) != tied.get(path, path):
             yield f"{name}: it is tied to {path}, and was not when the model was saved"
 
 

@@ -135,8 +135,8 @@ def map_tensor(place: Place) -> Tensor:
 
 
 def in_file_order(layouts: Mapping[str, Layout]) -> list[str]:
-    """Larger numbers first, so that each tensor is aligned; then by name."""
-    return sorted(layouts, key=lambda name: (-layouts[name].dtype.itemsize, name))
+    """As they are given, but larger numbers first, so that each tensor is aligned."""
+    return sorted(layouts, key=lambda name: -layouts[name].dtype.itemsize)
 
 
 def write_header(

@@ -104,6 +104,7 @@ class Plan:
     ``carries``: constants moved within a weight. ``scales``: parameters multiplied by a number.
     ``attributes``: sizes and numbers set on modules. ``replacements``: modules of another class.
     ``shapes``: what the parameters that change had before. ``notes``: what limits the plan.
+    ``on_meta``: it was made without values, so that the constants in it are none.
     """
 
     slices: dict[str, Slice] = field(default_factory=dict)
@@ -115,6 +116,7 @@ class Plan:
     replacements: list[Replacement] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    on_meta: bool = False
 
     def __str__(self) -> str:
         table = Table(title="plan", title_justify="left")

@@ -144,6 +144,12 @@ class ModelSpeedup:
             self._masks = _remaining(self._given, self._plan, self.model)
         return self._masks
 
+    @property
+    def masks_before(self) -> dict[str, torch.Tensor]:
+        """The masks that the plan is of, by the (first) path of the parameter, as it was."""
+        with suspend_masks(self.model) as suspended:
+            return self._by_leaf(self._given if self._done else self._all_masks(suspended.masks))
+
     def speedup_model(self) -> nn.Module:
         """Shrink the model in place and return it."""
         if self._done:
