@@ -54,6 +54,10 @@ def _masked(result: torch.Tensor, mask: torch.Tensor, cut: Slice) -> torch.Tenso
     if len(rows) == 0:
         return result
     part = Slice((kept[rows], *cut.keep[1:]))(mask)
+    left = ~all_by_row(part)  # in most rows all that is masked has gone
+    if not bool(left.any()):
+        return result
+    rows, part = rows[left.cpu().numpy()], part[left]
     index = torch.from_numpy(rows).to(result.device)
     return result.index_copy(0, index, torch.where(part, result.index_select(0, index), 0))
 
