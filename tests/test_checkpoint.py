@@ -493,7 +493,7 @@ def rewritten(path: Path, change: Callable[[Any], None], **metadata: str) -> Pat
     tensors = {name: weights.read_tensor(place) for name, place in places.items()}
     layouts = {name: weights.layout_of(tensor) for name, tensor in tensors.items()}
     other = path.with_name("rewritten")
-    weights.write_file(other, layouts, own, tensors.__getitem__)
+    weights.write_file(other, layouts, own, lambda name: [tensors[name]])
     return other
 
 

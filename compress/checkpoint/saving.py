@@ -92,7 +92,7 @@ def _write(target: Path, recipe: Recipe, tensors: Mapping[str, Tensor]) -> None:
     metadata = recipe_metadata(recipe_text(recipe))
     try:
         write_atomically(
-            target, lambda file: write_file(file, layouts, metadata, tensors.__getitem__)
+            target, lambda file: write_file(file, layouts, metadata, lambda name: [tensors[name]])
         )
     except OSError as error:
         raise CheckpointError(f"{target}: the model cannot be saved: {error}") from error

@@ -1,7 +1,7 @@
-"""``compress.shrink_checkpoint``: cut the weights in files, one tensor at a time.
+"""``compress.shrink_checkpoint``: cut the weights in files, a part of a tensor at a time.
 
-The model need not fit into memory: the plan is made of it on the meta device, and each tensor is
-read, cut and written by itself.
+The model need not fit into memory: the plan is made of it on the meta device, and some rows of a
+tensor are read, cut and written at a time.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ from compress.masks import Masks
 from compress.progress import progress_bar
 from compress.speedup import ModelSpeedup
 from compress.speedup.encoding import encode_plan
-from compress.speedup.plan import Plan
+from compress.speedup.plan import Plan, Slice
 from compress.speedup.surgery import new_tensor
 
+_PIECE = 32_000_000  # bytes of a tensor that are in memory at a time
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -61,7 +63,8 @@ def shrink_checkpoint(
 ) -> None:
     """Shrink a checkpoint in files without ever having the model in memory.
 
-    It needs memory for the masks and about one tensor. `compress.load` takes the new folder.
+    It needs memory for the masks and a part of one tensor; for a whole one where a grouped
+    convolution is cut unevenly or constants move. `compress.load` takes the new folder.
 
     Args:
         source: a safetensors file, or a folder with ``model.safetensors`` or with shards and
@@ -228,7 +231,7 @@ def _write(
 
         for file, names in zip(files, shards, strict=True):
             part = {name: layouts[name] for name in names}
-            small = lambda name: _small(name, places, cut)  # noqa: E731
+            small = partial(_small, places=places, cut=cut)
             write_file(folder / file, part, {"format": "pt"}, small, done)
     recipe = Recipe(
         model=cut.model,
@@ -265,16 +268,24 @@ def _layouts(places: Mapping[str, Place], cut: _Cut) -> dict[str, Layout]:
     return layouts
 
 
-def _small(name: str, places: Mapping[str, Place], cut: _Cut) -> Tensor:
-    """One tensor of the small model; what is not kept is not read where whole rows go."""
-    path = cut.path(name)
-    if name in places:
-        return new_tensor(path, map_tensor(places[name]), cut.plan, cut.masks)
-    stored = {cut.path(each): each for each in places}
-    shift = torch.from_numpy(cut.plan.biases[path])
-    part = cut.plan.slices.get(path)
-    value = shift if part is None else part(shift)
-    return value.to(places[stored[cut.plan.new_biases[path]]].dtype)
+def _small(name: str, places: Mapping[str, Place], cut: _Cut) -> Iterator[Tensor]:
+    """One tensor of the small model, in parts; what is not kept of its rows is not read."""
+    path, plan = cut.path(name), cut.plan
+    if name not in places:  # a bias that is new
+        stored = {cut.path(each): each for each in places}
+        shift, part = torch.from_numpy(plan.biases[path]), plan.slices.get(path)
+        value = shift if part is None else part(shift)
+        yield value.to(places[stored[plan.new_biases[path]]].dtype)
+        return
+    place = places[name]
+    part = plan.slices.get(path, Slice((None,) * len(place.shape)))
+    if place.size <= _PIECE or part.gather is not None or path in {**plan.carries, **plan.biases}:
+        yield new_tensor(path, map_tensor(place), plan, cut.masks)
+        return
+    rows = np.arange(place.shape[0]) if part.keep[0] is None else part.keep[0]
+    for some in np.array_split(rows, -(-place.size // _PIECE)):
+        piece = replace(plan, slices={path: Slice((some, *part.keep[1:]))})
+        yield new_tensor(path, map_tensor(place), piece, cut.masks)  # mapped anew: pages are freed
 
 
 def _ties(layouts: Mapping[str, Layout], cut: _Cut) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -166,20 +166,24 @@ def write_file(
     file: Path,
     layouts: Mapping[str, Layout],
     metadata: Mapping[str, str],
-    tensor: Callable[[str], Tensor],
+    pieces: Callable[[str], Iterable[Tensor]],
     done: Callable[[str, str], None] | None = None,
 ) -> None:
-    """Write a file, asking ``tensor(name)`` for one after the other.
+    """Write a file, asking ``pieces(name)`` for one tensor after the other, in parts of its rows.
 
     ``done(name, sha256)`` is told of each that is written.
     """
     with file.open("wb") as stream:
         write_header(stream, layouts, metadata)
         for name in in_file_order(layouts):
-            data = bytes_of(tensor(name))
-            stream.write(data)
+            sha256 = hashlib.sha256()
+            for piece in pieces(name):
+                data = bytes_of(piece)
+                stream.write(data)
+                if done is not None:
+                    sha256.update(data)
             if done is not None:
-                done(name, hashlib.sha256(data).hexdigest())
+                done(name, sha256.hexdigest())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
