@@ -3,7 +3,18 @@
     python examples/save_and_load.py
     python examples/save_and_load.py --file small.safetensors
 
-The first command prints, in ten seconds on one core::
+The first command prints, in half a minute on one core::
+
+    dense         epoch 5/5  loss 0.003  test accuracy 98.33%   18.1 s
+    pruned 1      epoch 2/2  loss 0.061  test accuracy 97.22%    2.6 s
+    pruned 2      epoch 2/2  loss 0.115  test accuracy 96.67%    1.4 s
+
+    saved 165,220 of 1,226,442 parameters: 0.69 MB
+    loaded: test accuracy 96.67%, bit for bit the same: True
+    made of a ResNet by 2 speedups; it says: 96.67%
+    plain safetensors, too: conv1.weight (24, 1, 3, 3)
+    a wrong class: …/small.safetensors does not fit the ResNet that was built (it is of a ResNet):
+      fc.weight: it is of shape (7, 256), expected (10, 256)
 """
 
 from __future__ import annotations
@@ -54,7 +65,8 @@ def show(file: Path, model: torch.nn.Module, test: torch.utils.data.DataLoader) 
     print(f"loaded: test accuracy {accuracy(loaded, test):.2%}, bit for bit the same: {same}")
 
     recipe = read_recipe(file)
-    print(f"made of a {recipe.model} by {len(recipe.plans)} speedups: {recipe.provenance}")
+    accurate = f"{recipe.provenance['accuracy']:.2%}"
+    print(f"made of a {recipe.model} by {len(recipe.plans)} speedups; it says: {accurate}")
     shape = tuple(load_file(file)["conv1.weight"].shape)
     print(f"plain safetensors, too: conv1.weight {shape}")
     try:

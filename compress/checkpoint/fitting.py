@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from compress.checkpoint.recipe import Recipe, raise_problems
 from compress.checkpoint.weights import DTYPES
@@ -20,6 +21,7 @@ from compress.errors import closest
 from compress.graph.walk import leaves_of, modules_of
 from compress.modules import REPLACEMENTS
 from compress.speedup.plan import Attribute, Plan, Replacement, Slice
+from compress.speedup.sizes import sizes_after
 from compress.speedup.surgery import apply_plan
 
 
@@ -41,6 +43,7 @@ def carry_out(model: nn.Module, recipe: Recipe, where: str) -> Callable[[], None
     try:
         for plan in recipe.decoded_plans():
             raise_problems(what, list(_plan_problems(model, plan)))
+            raise_problems(what, list(_number_problems(model, plan)))
             done.append(apply_plan(model, plan, {}))
         raise_problems(what, list(_tensor_problems(model, recipe)))
     except BaseException:
@@ -91,6 +94,25 @@ def _plan_problems(model: nn.Module, plan: Plan) -> Iterator[str]:
         yield from _replacement_problems(replacement, modules)
     for attribute in plan.attributes:
         yield from _attribute_problems(attribute, modules)
+
+
+def _number_problems(model: nn.Module, plan: Plan) -> Iterator[str]:
+    """Sizes that are none, or not those of the tensors: some of torch's kernels would crash."""
+    modules = dict(modules_of(model))
+    groups = {each.module: each.new for each in plan.attributes if each.name == "groups"}
+    for each in plan.attributes:
+        name, module = f"{each.module}.{each.name}".lstrip("."), modules[each.module]
+        old, new = tree_leaves(each.old), tree_leaves(each.new)
+        if any(type(size) is int and size > 0 for size in old) and not _are_sizes(new):
+            yield f"{name}: {each.new!r} are no sizes, as {each.old!r} are"
+            continue
+        after = dict(sizes_after(each.module, module, plan.slices, groups.get(each.module)))
+        if after.get(each.name, each.new) != each.new:
+            yield f"{name}: {each.new!r} is not {after[each.name]}, which the tensors make"
+
+
+def _are_sizes(values: list[Any]) -> bool:
+    return all(type(value) is not int or value > 0 for value in values)
 
 
 def _bias_problems(
@@ -153,12 +175,18 @@ def _attribute_problems(each: Attribute, modules: dict[str, nn.Module]) -> Itera
         yield f"{name}: expected an attribute that holds a number"
     elif now != each.old or _type(now) is not _type(each.old):
         yield f"{name}: it is {now!r}, expected {each.old!r}"
-    elif each.old is not None and _type(each.new) is not _type(each.old):
+    elif each.old is not None and not _is_alike(each.new, each.old):
         yield f"{name}: {each.new!r} is of another type than {each.old!r}"
 
 
 class _Nothing:
     """No attribute."""
+
+
+def _is_alike(new: Any, old: Any) -> bool:
+    """Whether two values are of one type, and what is in them, too."""
+    inside = {type(each) for each in tree_leaves(new)} <= {type(each) for each in tree_leaves(old)}
+    return inside and _type(new) is _type(old)
 
 
 def _type(value: Any) -> type:
