@@ -146,7 +146,7 @@ def raise_problems(what: str, problems: list[str]) -> None:
 def described(error: Exception) -> str:
     """An error of reading in one line."""
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         return f"{place}: {first['msg']}"
     return str(error)

@@ -243,14 +243,18 @@ def _write(
         provenance=provenance,
     )
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(each.size for each in layouts.values())},
-            "weight_map": {
-                name: file for file, names in zip(files, shards, strict=True) for name in names
-            },
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        _write_index(folder, layouts, dict(zip(files, shards, strict=True)))
     (folder / RECIPE).write_text(recipe_json(recipe_text(recipe)), encoding="utf-8")
+
+
+def _write_index(
+    folder: Path, layouts: Mapping[str, Layout], shards: Mapping[str, list[str]]
+) -> None:
+    index = {
+        "metadata": {"total_size": sum(each.size for each in layouts.values())},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _layouts(places: Mapping[str, Place], cut: _Cut) -> dict[str, Layout]:

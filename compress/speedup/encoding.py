@@ -6,7 +6,7 @@ What is read is checked for types and ranges only; whether it fits a model is fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -98,24 +98,7 @@ class _Plan(Strict):
 
 def encode_plan(plan: Plan) -> PlanData:
     """The structure of a plan: slices, new biases with their sizes, attributes, replacements."""
-    indices: dict[bytes, int] = {}
-    table: list[list[int]] = []
-
-    def number(keep: np.ndarray | None) -> int | None:
-        if keep is None:
-            return None
-        key = keep.tobytes()
-        if key not in indices:
-            indices[key] = len(table)
-            table.append(keep.tolist())
-        return indices[key]
-
-    slices: dict[str, Any] = {}
-    for path, cut in plan.slices.items():
-        slices[path] = {"keep": [number(keep) for keep in cut.keep]}
-        if cut.gather is not None:
-            axis, positions = cut.gather
-            slices[path]["gather"] = {"axis": axis, "positions": positions.tolist()}
+    table, slices = _encoded_slices(plan.slices)
     return {
         "shapes": {path: list(shape) for path, shape in plan.shapes.items()},
         "indices": table,
@@ -138,6 +121,29 @@ def encode_plan(plan: Plan) -> PlanData:
             for each in plan.replacements
         ],
     }
+
+
+def _encoded_slices(cuts: Mapping[str, Slice]) -> tuple[list[list[int]], dict[str, Any]]:
+    """All kept positions, each once, and the slices with their numbers among them."""
+    numbers: dict[bytes, int] = {}
+    table: list[list[int]] = []
+
+    def number(keep: np.ndarray | None) -> int | None:
+        if keep is None:
+            return None
+        key = keep.tobytes()
+        if key not in numbers:
+            numbers[key] = len(table)
+            table.append(keep.tolist())
+        return numbers[key]
+
+    slices: dict[str, Any] = {}
+    for path, cut in cuts.items():
+        slices[path] = {"keep": [number(keep) for keep in cut.keep]}
+        if cut.gather is not None:
+            axis, positions = cut.gather
+            slices[path]["gather"] = {"axis": axis, "positions": positions.tolist()}
+    return table, slices
 
 
 def decode_plan(data: Any) -> Plan:
@@ -185,12 +191,12 @@ def within(data: PlanData, path: str) -> PlanData:
 def names_in(data: PlanData) -> list[str]:
     """The parameters and modules that a plan changes."""
     parts = (data["shapes"], data["slices"], data["new_biases"])
-    found = [f"{name}" for part in parts for name in part]
+    found = [name for part in parts for name in part]
     modules = [each["module"] for kind in ("attributes", "replacements") for each in data[kind]]
     return found + [f"{module}." for module in modules]
 
 
-def _renamed(data: Mapping[str, Any], rename: Any) -> PlanData:
+def _renamed(data: PlanData, rename: Callable[[str], str]) -> PlanData:
     return {
         **data,
         "shapes": {rename(name): each for name, each in data["shapes"].items()},
