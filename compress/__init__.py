@@ -1,5 +1,6 @@
 """Prune trained PyTorch networks: masks first, then a smaller network that computes the same."""
 
+from compress.checkpoint import load, save, shrink_checkpoint
 from compress.cost import GlobalPruner
 from compress.evaluator import Evaluator
 from compress.graph.channels import ChannelGraph
@@ -86,6 +87,9 @@ __all__ = [
     "TaylorFOWeightFilterPruner",
     "TaylorFOWeightPruner",
     "WandaPruner",
+    "load",
+    "save",
     "sensitivity_analysis",
+    "shrink_checkpoint",
     "verify",
 ]

@@ -38,6 +38,10 @@ class SearchError(CompressError, RuntimeError):
     """A search cannot go on: of its evaluator, its workers or its files; the model is untouched."""
 
 
+class CheckpointError(CompressError, ValueError):
+    """A checkpoint cannot be written or read, or does not fit; nothing has been changed."""
+
+
 class TraceError(CompressError, RuntimeError):
     """The model could not be run and recorded on the dummy input."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -199,6 +200,26 @@ class CountedLayerNorm(nn.LayerNorm):
 # By the exact class: a subclass of the user's own is recorded as it is.
 STAND_INS: dict[type[nn.Module], type[MultiheadAttention]] = {
     nn.MultiheadAttention: MultiheadAttention
+}
+
+
+@dataclass(frozen=True)
+class ReplacementKind:
+    """What of torch's classes may become which one of ours, and the attributes that this adds."""
+
+    replaces: type[nn.Module]
+    becomes: type[nn.Module]
+    state: dict[str, type]
+
+
+# All that a plan may name, by the name in it.
+REPLACEMENTS = {
+    "MultiheadAttention": ReplacementKind(
+        nn.MultiheadAttention, MultiheadAttention, {"scale": float, "_qkv_same_embed_dim": bool}
+    ),
+    "CountedLayerNorm": ReplacementKind(
+        nn.LayerNorm, CountedLayerNorm, {"count": int, "channels_first": bool}
+    ),
 }
 
 

@@ -128,6 +128,15 @@ def test_the_trainers_of_other_libraries(library, script, options, sizes, run_he
     assert found["masked"][3] == found["small"][3]  # the same accuracy
 
 
+def test_saving_and_loading(run_here, tmp_path):
+    arguments = (*SMALL, "--fine-tuning-epochs", "1", "--file", str(tmp_path / "small"))
+    output = run_here("save_and_load.py", *arguments)
+    assert "bit for bit the same: True" in output
+    assert "made of a ResNet by 2 speedups" in output
+    assert "fc.weight: it is of shape (7, 256), expected (10, 256)" in output
+    assert (tmp_path / "small").is_file()
+
+
 def test_the_benchmark_measures_in_a_fresh_process():
     done = speedup_time.measure("compress", "residual_2", limit_s=120)
     assert done["wall_s"] > 0

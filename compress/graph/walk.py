@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -42,3 +42,11 @@ def leaves_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, str]]:
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield f"{path}.{name}" if path else name, tensor, kind
+
+
+def wrapped_in(model: nn.Module) -> str | None:
+    """The attribute that holds the user's model in a wrapper of torch's (DDP, compiled)."""
+    if not type(model).__module__.startswith("torch.") or isinstance(model, fx.GraphModule):
+        return None
+    held = (name for name in ("_orig_mod", "module") if hasattr(model, name))
+    return next((name for name in held if isinstance(getattr(model, name), nn.Module)), None)

@@ -25,6 +25,7 @@ from compress.schedule.state import (
     write_state,
 )
 from compress.speedup import ModelSpeedup
+from compress.speedup.history import remember
 from compress.speedup.plan import Plan
 from compress.speedup.surgery import apply_plan
 from compress.unchanged import put_values, values_of
@@ -133,6 +134,7 @@ class ResumablePruner(MaskedModel):
         suspend_masks(self.model)  # for good: those that are saved have them in
         for plan in saved["plans"]:
             apply_plan(self.model, plan, {})
+            remember(self.model, plan)
         put_values(self.model, saved["values"])
         Masks(saved["masks"]).apply(self.model)
         if self.optimizer is not None:

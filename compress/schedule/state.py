@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,17 +21,12 @@ from compress.errors import StateError
 from compress.files import write_atomically
 from compress.graph.walk import leaves_of
 from compress.masks import suspend_masks
-from compress.speedup import plan as plans
+from compress.speedup.encoding import decode_plan, encode_plan
+from compress.speedup.plan import Plan
 
 FORMAT = "compress.state"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PLAIN = (type(None), bool, int, float, str)
-_KINDS = {
-    kind.__name__: kind
-    for kind in (
-        plans.Attribute, plans.Carry, plans.Plan, plans.Replacement, plans.Scale, plans.Slice,
-    )
-}  # fmt: skip
 
 
 def write_state(path: str | os.PathLike[str], key: Mapping[str, Any], state: Any) -> None:
@@ -40,7 +34,8 @@ def write_state(path: str | os.PathLike[str], key: Mapping[str, Any], state: Any
 
     Args:
         key: JSON values.
-        state: of dicts, lists, tuples, numbers, strings, tensors, arrays and plans.
+        state: of dicts, lists, tuples, numbers, strings, tensors, arrays and plans (of which the
+            structure is kept, see `compress.speedup.encoding`).
 
     Raises:
         StateError: something in it is of no such type, or the file cannot be written.
@@ -177,9 +172,8 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
             for k, v in value.items()
         ]
         return ["dict", pairs]
-    if type(value).__name__ in _KINDS and dataclasses.is_dataclass(value):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return [type(value).__name__, _encode(fields, tensors, where)]
+    if isinstance(value, Plan):
+        return ["plan", encode_plan(value)]
     raise StateError(
         f"{where}: a {type(value).__name__} cannot be saved; expected numbers, strings, tensors, "
         "and lists, tuples and dicts of them"
@@ -199,7 +193,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind in ("list", "tuple"):
         found = [_decode(each, tensors) for each in content]
         return found if kind == "list" else tuple(found)
-    return _KINDS[kind](**_decode(content, tensors))
+    return decode_plan(content)
 
 
 def _check_key(name: str, metadata: Mapping[str, str], key: Mapping[str, Any]) -> None:

@@ -91,7 +91,7 @@ class Cutter:
             attributes = self.follower.attributes(decision)
             builder.add_attributes(attributes)
             if any(tensor.is_meta for _, tensor, _ in leaves_of(self.model)):
-                builder.plan.notes = (_UNKNOWN,)
+                builder.plan.notes, builder.plan.on_meta = (_UNKNOWN,), True
             undo = apply_plan(self.model, builder.plan, self.knowledge.masks)
             try:
                 # A cut of nothing has nothing to follow (and some forwards differ at every run).

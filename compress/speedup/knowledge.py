@@ -82,15 +82,16 @@ class Knowledge:
                 mask = self.masks.get(str(node.target))
                 weight = node.meta["tensor"].detach()
                 if weight.is_meta:
-                    weight = torch.tensor(UNKNOWN, device="cpu").expand(weight.shape)
-                found = _nonzero_pattern(weight, mask).cpu().numpy()
+                    found = _unmasked_pattern(weight.shape, mask)
+                else:
+                    found = _nonzero_pattern(weight, mask).cpu().numpy()
             else:
                 found = _nonzero_pattern(self.leaf(node), None).numpy()
             self._patterns[node] = found
         return found
 
     def forget(self) -> None:
-        """Drop what only a decision needs: a byte for each weight."""
+        """Drop what only a decision needs: a byte for each weight that has values."""
         self._patterns.clear()
 
     # -- values ----------------------------------------------------------------------------
@@ -202,6 +203,13 @@ def _nonzero_pattern(weight: torch.Tensor, mask: torch.Tensor | None) -> torch.T
         rest = weight[unsure] != 0
         found[unsure] = (rest if mask is None else rest & mask[unsure]).any(1)
     return found
+
+
+def _unmasked_pattern(shape: torch.Size, mask: torch.Tensor | None) -> np.ndarray:
+    """The same of a weight on meta, where all that is not masked counts; it takes no memory."""
+    if mask is None:
+        return np.broadcast_to(np.True_, shape[:2])
+    return (mask if mask.dim() < 3 else mask.flatten(2).any(2)).cpu().numpy()
 
 
 def any_by_row(mask: torch.Tensor) -> torch.Tensor:

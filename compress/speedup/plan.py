@@ -18,7 +18,7 @@ from compress.modules import STAND_INS
 from compress.rules.registry import Call
 from compress.speedup.decide import Decision
 from compress.speedup.knowledge import Knowledge
-from compress.speedup.sizes import attention_sizes, module_sizes
+from compress.speedup.sizes import attention_sizes, sizes_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,7 @@ class Plan:
     ``carries``: constants moved within a weight. ``scales``: parameters multiplied by a number.
     ``attributes``: sizes and numbers set on modules. ``replacements``: modules of another class.
     ``shapes``: what the parameters that change had before. ``notes``: what limits the plan.
+    ``on_meta``: it was made without values, so that the constants in it are none.
     """
 
     slices: dict[str, Slice] = field(default_factory=dict)
@@ -115,6 +116,7 @@ class Plan:
     replacements: list[Replacement] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    on_meta: bool = False
 
     def __str__(self) -> str:
         table = Table(title="plan", title_justify="left")
@@ -291,7 +293,9 @@ class PlanBuilder:
         touched = {path.rpartition(".")[0] for path in self.plan.slices}
         for path in sorted(p.split(".parametrizations")[0] for p in touched):
             module = self.graph.modules[path]
-            for name, new in self._sizes(path, module):
+            groups = self._attributes.get((path, "groups"))
+            given = groups.new if groups else None
+            for name, new in sizes_after(path, module, self.plan.slices, given):
                 old = getattr(module, name)
                 if old != new:
                     self._attributes[path, name] = Attribute(path, name, old, new)
@@ -315,14 +319,3 @@ class PlanBuilder:
                 old = getattr(module, name)
                 if old != new:
                     self._attributes[path, name] = Attribute(path, name, old, new)
-
-    def _sizes(self, path: str, module: nn.Module) -> list[tuple[str, int]]:
-        prefix = f"{path}." if path else ""
-        shapes = {
-            name: self.plan.slices[prefix + name].shape(tensor.shape)
-            for name, tensor in (*module._parameters.items(), *module._buffers.items())
-            if tensor is not None and prefix + name in self.plan.slices
-        }
-        weight = shapes.get("weight")
-        groups = self._attributes.get((path, "groups"))
-        return module_sizes(module, weight, shapes, groups.new if groups else None)

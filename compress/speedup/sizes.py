@@ -18,6 +18,19 @@ class Cut(Protocol):
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]: ...
 
 
+def sizes_after(
+    path: str, module: nn.Module, cuts: Mapping[str, Cut], groups: int | None
+) -> list[tuple[str, int]]:
+    """The size attributes of a torch module at ``path`` once ``cuts`` (by path) are carried out."""
+    prefix = f"{path}." if path else ""
+    shapes = {
+        name: cuts[prefix + name].shape(tuple(tensor.shape))
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and prefix + name in cuts
+    }
+    return module_sizes(module, shapes.get("weight"), shapes, groups)
+
+
 def module_sizes(
     module: nn.Module,
     weight: tuple[int, ...] | None,

@@ -10,16 +10,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from compress.errors import SpeedupError
 from compress.graph.explain import Explanation
-from compress.graph.walk import leaves_of
+from compress.graph.walk import leaves_of, wrapped_in
 from compress.masks import Masks, suspend_masks
 from compress.progress import progress_bar
 from compress.speedup.cut import Cut, Cutter, Options
 from compress.speedup.decide import Limits
+from compress.speedup.history import remember
 from compress.speedup.optimizer import check_optimizer, slice_optimizer
 from compress.speedup.plan import Plan, same_plan
 from compress.speedup.report import Report, make_report, parameter_counts
@@ -144,6 +145,12 @@ class ModelSpeedup:
             self._masks = remaining_masks(self._given, self._plan, self.model)
         return self._masks
 
+    @property
+    def masks_before(self) -> dict[str, torch.Tensor]:
+        """The masks that the plan is of, by the (first) path of the parameter, as it was."""
+        with suspend_masks(self.model) as suspended:
+            return self._by_leaf(self._given if self._done else self._all_masks(suspended.masks))
+
     def speedup_model(self) -> nn.Module:
         """Shrink the model in place and return it."""
         if self._done:
@@ -217,6 +224,7 @@ class ModelSpeedup:
             self._plan, self._given, self._done = cut.plan, masks, True
             self._cutter = None
             cutter.graph.trace.jumps.clear()  # the report, which keeps the graph, asks for none
+            remember(self.model, cut.plan)
         except BaseException:
             cut.undo()
             raise
@@ -269,14 +277,12 @@ def _collector_paused() -> Iterator[None]:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise SpeedupError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    for wrapper in ("_orig_mod", "module"):
-        inner = getattr(model, wrapper, None)
-        torchs_own = type(model).__module__.startswith("torch.")
-        if isinstance(inner, nn.Module) and torchs_own and not isinstance(model, fx.GraphModule):
-            raise SpeedupError(
-                f"model is a {type(model).__name__} around your model; pass model.{wrapper}, and "
-                "wrap the small one again"
-            )
+    wrapper = wrapped_in(model)
+    if wrapper is not None:
+        raise SpeedupError(
+            f"model is a {type(model).__name__} around your model; pass model.{wrapper}, and "
+            "wrap the small one again"
+        )
     for path, module in model.named_modules():
         if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
             raise SpeedupError(

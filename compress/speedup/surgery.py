@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress import modules
 from compress.graph.walk import leaves_of, modules_of
 from compress.masks import Masks
-from compress.modules import replace_class
+from compress.modules import REPLACEMENTS, replace_class
 from compress.speedup.knowledge import all_by_row
 from compress.speedup.plan import Attribute, Carry, Plan, Replacement, Slice
 
@@ -56,6 +55,10 @@ def _masked(result: torch.Tensor, mask: torch.Tensor, cut: Slice) -> torch.Tenso
     if len(rows) == 0:
         return result
     part = Slice((kept[rows], *cut.keep[1:]))(mask)
+    left = ~all_by_row(part)  # in most rows all that is masked has gone
+    if not bool(left.any()):
+        return result
+    rows, part = rows[left.cpu().numpy()], part[left]
     index = torch.from_numpy(rows).to(result.device)
     return result.index_copy(0, index, torch.where(part, result.index_select(0, index), 0))
 
@@ -214,8 +217,7 @@ def _add_bias(owners: Owners, path: str, weight: torch.Tensor, plan: Plan) -> Ca
 
 
 def _replace_class(owners: Owners, each: Replacement) -> Callable[[], None]:
-    module, kind = owners[each.module], getattr(modules, each.kind)
-    return replace_class(module, kind, each.state)
+    return replace_class(owners[each.module], REPLACEMENTS[each.kind].becomes, each.state)
 
 
 def _set_attribute(owners: Owners, attribute: Attribute) -> Callable[[], None]:
