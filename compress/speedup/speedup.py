@@ -149,7 +149,8 @@ class ModelSpeedup:
     def masks_before(self) -> dict[str, torch.Tensor]:
         """The masks that the plan is of, by the (first) path of the parameter, as it was."""
         with suspend_masks(self.model) as suspended:
-            return self._by_leaf(self._given if self._done else self._all_masks(suspended.masks))
+            masks = self._given if self._done else self._all_masks(suspended.masks)
+            return by_leaf(self.model, masks)
 
     def speedup_model(self) -> nn.Module:
         """Shrink the model in place and return it."""
