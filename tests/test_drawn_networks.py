@@ -19,6 +19,7 @@ from oracle import (
     draw_masks,
     masked_copy,
     outputs,
+    tolerance_of,
 )
 from torch import Tensor, nn
 
@@ -53,7 +54,25 @@ def drawn(
 def check_drawn(choices: Choices, steps: int, dtype: torch.dtype = torch.float64) -> None:
     model, x, masks = drawn(choices, steps, dtype)
     if is_tame(model, masks, x):
-        check_exact(model, x, masks)
+        tolerance = max(tolerance_of(dtype), 3 * rounding_of(model, masks, x))
+        check_exact(model, x, masks, tolerance=tolerance)
+
+
+def rounding_of(model: nn.Module, masks: MaskDict, x: Tensor) -> float:
+    """How far the masked model is from itself in double precision: some nets enlarge rounding."""
+    if x.dtype == torch.float64:
+        return 0.0
+    masked = masked_copy(model, masks).eval()
+    wide = copy.deepcopy(masked).double()
+    with torch.no_grad():
+        pairs = zip(outputs(masked, x), outputs(wide, x.double()), strict=True)
+        return max(
+            float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-2)) for a, b in pairs
+        )
+
+
+def test_a_network_that_enlarges_rounding() -> None:
+    check_drawn(SeededChoices(33506), 5, torch.float32)
 
 
 @DRAWN

@@ -25,6 +25,8 @@ from compress import (
     NetAdaptPruner,
     SimulatedAnnealingPruner,
     TaylorFOWeightFilterPruner,
+    load,
+    save,
 )
 from compress.errors import ConfigError, SearchError, StateError
 from compress.measure import summarize
@@ -422,6 +424,9 @@ def test_autocompress_gives_a_small_trained_model(tmp_path: Path) -> None:
     assert best.parameters == sum(p.numel() for p in model.parameters())
     assert best.parameters < 0.6 * sum(p.numel() for p in planted().parameters())
     assert likeness(model) == pytest.approx(best.performance, rel=1e-5)
+    save(model, tmp_path / "small.safetensors")
+    loaded = load(Planted, tmp_path / "small.safetensors").eval()
+    torch.testing.assert_close(loaded(X), model(X), rtol=0, atol=0)
     calls, other = likeness.calls, planted()
     autocompress(other, likeness, experiment_data_dir=tmp_path).compress()
     assert likeness.calls == calls

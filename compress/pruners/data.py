@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -313,3 +315,8 @@ def differentiate_again(
 def is_count(value: object, least: int) -> bool:
     """Whether a user's argument is a whole number, at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether a user's argument is a finite number; bools are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

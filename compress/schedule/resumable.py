@@ -135,6 +135,7 @@ class ResumablePruner(MaskedModel):
         for plan in saved["plans"]:
             apply_plan(self.model, plan, {})
             remember(self.model, plan)
+            remember(self.model, plan)
         put_values(self.model, saved["values"])
         Masks(saved["masks"]).apply(self.model)
         if self.optimizer is not None:

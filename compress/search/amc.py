@@ -16,9 +16,9 @@ from torch import nn
 from compress.config_entry import Entry
 from compress.errors import ConfigError, SearchError
 from compress.evaluator import Evaluator
-from compress.pruners.data import is_count
+from compress.pruners.data import is_count, is_number
 from compress.search.base import Found, SearchPruner
-from compress.search.ddpg import Agent, Settings, is_number
+from compress.search.ddpg import Agent, Settings
 from compress.search.environment import Environment, Episode
 from compress.search.measuring import chosen_metric
 from compress.search.space import Point

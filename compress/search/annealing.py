@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from compress.evaluator import Evaluator
-from compress.pruners.data import is_count
+from compress.pruners.data import is_count, is_number
 from compress.search.base import Found, SearchPruner
 from compress.search.space import Point
 from compress.search.subject import Subject
@@ -127,14 +126,14 @@ class SimulatedAnnealingPruner(SearchPruner):
     def _problems(self) -> list[str]:
         problems = super()._problems()
         start, stop = self.start_temperature, self.stop_temperature
-        if not (_is_number(start) and _is_number(stop) and 0 < stop <= start):
+        if not (is_number(start) and is_number(stop) and 0 < stop <= start):
             problems.append(
                 f"stop_temperature: got {stop!r} and start_temperature={start!r}; expected "
                 "numbers, 0 < stop_temperature ≤ start_temperature"
             )
-        if not (_is_number(self.cool_down_rate) and 0 < self.cool_down_rate < 1):
+        if not (is_number(self.cool_down_rate) and 0 < self.cool_down_rate < 1):
             problems.append(f"cool_down_rate: got {self.cool_down_rate!r}; expected one in (0, 1)")
-        if not (_is_number(self.perturbation_magnitude) and self.perturbation_magnitude > 0):
+        if not (is_number(self.perturbation_magnitude) and self.perturbation_magnitude > 0):
             problems.append(
                 f"perturbation_magnitude: got {self.perturbation_magnitude!r}; expected a number "
                 "above 0, such as 0.7"
@@ -145,8 +144,3 @@ class SimulatedAnnealingPruner(SearchPruner):
             if not is_count(getattr(self, name), least)
         ]
         return problems
-
-
-def _is_number(value: object) -> bool:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and math.isfinite(value)  # type: ignore[arg-type]

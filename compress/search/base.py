@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from compress.search.space import Point
 from compress.search.subject import COSTS, Subject
 from compress.search.trials import Trial, Trials
 from compress.search.workers import Workers
+from compress.speedup.history import remember
 from compress.speedup.plan import Plan
 from compress.speedup.surgery import apply_plan
 from compress.unchanged import put_values, random_kept, values_of
@@ -71,6 +72,8 @@ def take(
         put_values(model, before)
         suspended.restore()
         raise
+    for plan in plans:
+        remember(model, plan)
 
 
 class SearchPruner(MaskedModel):
@@ -110,7 +113,6 @@ class SearchPruner(MaskedModel):
     """
 
     result: SearchResult | None = None
-    _needs_sparsity: ClassVar[bool] = True
     _leading: Trial | None = None
     _uniform_sparsities: Mapping[str, float] | None = None
 

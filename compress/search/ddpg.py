@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Real
 from statistics import NormalDist
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.pruners.data import is_count
+from compress.pruners.data import is_count, is_number
 
 _BASELINE_RATE = 0.5  # of the moving average over updates
 _PULL = 0.03  # c
@@ -201,11 +200,6 @@ def _actions(actor: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
     """μ(s) and z(s), (batch, 1), of states (batch, size)."""
     logits = actor(states)
     return torch.minimum(logits.sigmoid(), states[:, -1:]), logits
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite one; bools are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _descend(step: torch.optim.Optimizer, loss: Tensor) -> None:

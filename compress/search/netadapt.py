@@ -11,6 +11,7 @@ from torch import nn
 from compress.errors import ConfigError
 from compress.evaluator import Evaluator
 from compress.masks import Masks
+from compress.pruners.data import is_number
 from compress.schedule.state import read_state, write_state
 from compress.search.base import Found, SearchPruner
 from compress.search.space import Point, SearchGroup
@@ -152,8 +153,7 @@ class NetAdaptPruner(SearchPruner):
     def _problems(self) -> list[str]:
         problems = super()._problems()
         step = self.sparsity_per_iteration
-        real = isinstance(step, (int, float)) and not isinstance(step, bool)
-        if not (real and 0 < step < 1):
+        if not (is_number(step) and 0 < step < 1):
             problems.append(
                 f"sparsity_per_iteration: got {step!r}; expected a number in (0, 1), such as 0.05"
             )
