@@ -25,10 +25,10 @@ from compress.search import SimulatedAnnealingPruner
 from compress.search.journal import NAME
 
 
-def search(folder: Path) -> None:
+def search(folder: Path, trains: bool = True) -> None:
     _, masks = SimulatedAnnealingPruner(
-        network(), CONFIG, evaluate, fine_tuner=tune, cool_down_rate=0.7, candidates=3,
-        experiment_data_dir=folder,
+        network(), CONFIG, evaluate, fine_tuner=tune if trains else None, cool_down_rate=0.7,
+        candidates=3, experiment_data_dir=folder,
     ).compress()  # fmt: skip
     masks.save(folder / "masks.safetensors")
 
@@ -63,7 +63,9 @@ def done(folder: Path) -> int:
 
 
 def main(folder: Path, kills: int) -> None:
-    search(folder / "whole")  # here, so that the children find everything imported
+    # Here, so that the children find everything imported; only they may train, being forks.
+    search(folder / "untrained", trains=False)
+    assert finish(start(folder / "whole"))
     wanted, lines = outcome(folder / "whole"), done(folder / "whole")
     begun = time.monotonic()
     assert finish(start(folder / "run0"))
