@@ -85,7 +85,8 @@ def test_the_measured_time_is_met_and_the_report_tells_it(monkeypatch, target):
     report = pruner.report
     assert report.measured == pytest.approx(reached) and report.dense == pytest.approx(dense)
     assert report.reached == pytest.approx(reached / dense)
-    assert report.rounds[-1].measured == report.measured and len(report.rounds) <= 12
+    assert report.measured in [made.measured for made in report.rounds]
+    assert len(report.rounds) <= 12
     assert report.prediction_error == pytest.approx(report.predicted / reached - 1)
     assert report.kept["stem"] == (48, small.stem.out_channels)
     assert report.kept["a.one"] == (64, small.a.one.out_channels)

@@ -78,8 +78,8 @@ class Search:
         self._known[0] = dense
         while self.path > 1 and len(self.rounds) < self.most:
             position = self._next()
-            if [made.position for made in self.rounds].count(position) == _TRIES:
-                break  # nothing else is as near
+            if self._tries(position) >= _TRIES:
+                break  # there is nothing else
             made = Round(position, float(self._curve()[position]), self.measure(position))
             if self._close(made.measured, self.tolerance / 2):
                 # Not by luck: what was measured again, together with the first time, is the result.
@@ -109,10 +109,16 @@ class Search:
             enough = np.flatnonzero(curve[: self.path] <= self.goal * _ROUNDING)
             return int(enough[0]) if len(enough) else self.path - 1
         off = np.abs(curve - self.goal)[1:]  # the whole model is no cut
+        for position in {made.position for made in self.rounds}:
+            if self._tries(position) >= _TRIES:  # it is known what it costs: not the goal
+                off[position - 1] = np.inf
         best = 1 + int(np.argmin(off[: self.path - 1]))
-        if self._close(float(curve[best]), self.tolerance / 2):
+        if off[best - 1] <= self.tolerance / 2 * self.goal:
             return best
         return 1 + int(np.argmin(off))
+
+    def _tries(self, position: int) -> int:
+        return sum(made.position == position for made in self.rounds)
 
     def _curve(self) -> np.ndarray:
         """What each position costs, as far as is known."""
