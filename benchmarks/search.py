@@ -405,7 +405,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=0.5, help="of its FLOPs that goes")
     parser.add_argument("--target", type=float, default=0.5, help="of the dense latency")
     parser.add_argument("--latency-seeds", type=int, default=3)
-    parser.add_argument("--latency-epochs", type=int, default=4)
+    parser.add_argument("--latency-epochs", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="one seed: does it work?")
     return parser.parse_args()
 
