@@ -135,8 +135,8 @@ def test_what_cannot_be_honoured_is_named(model, entry, words):
 
 
 def test_what_makes_no_difference_is_told(model):
-    entry = {**V3, "target_names": ["weight"], "apply_method": "mul", "granularity": "out_channel",
-             "max_sparse_ratio": 0.9, "exclude_op_names": ["nowhere"], "min_sparse_ratio": 0.0}  # fmt: skip
+    entry = {**V3, "target_names": ["weight"], "apply_method": "mul", "granularity": "out_channel"}
+    entry |= {"max_sparse_ratio": 0.9, "exclude_op_names": ["nowhere"], "min_sparse_ratio": 0.0}
     told = nni.translate([entry], model).left_out
     for word in ("target_names", "apply_method", "granularity", "max_sparse_ratio", "nowhere"):
         assert sum(word in line for line in told) == 1, word

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def _with_options(function: Callable[..., Answer], options: tuple[str, ...]) -> 
             raise typer.BadParameter("give a CONFIG file, or --model and --input")
         try:
             # What the user's own code prints must not get between the lines of the answer.
-            with redirect_stdout(sys.stderr):
+            with redirect_stdout(sys.stderr), warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: _told(f"warning: {message}")
                 answer = function(_job(given), **own_values)
         except CompressError as error:
             if debug:
