@@ -23,6 +23,8 @@ from compress.errors import CompressError, ConfigError
 
 ROOT = Path(__file__).parents[1]
 MODULE = """
+import warnings
+
 import torch
 from torch import nn
 from compress import Evaluator
@@ -55,6 +57,11 @@ class Two(nn.Module):
 def net(width=8):
     print("the user's own print")
     return Net(width)
+
+
+def warned():
+    warnings.warn("look out")
+    return Net()
 
 
 def broken():
@@ -141,7 +148,7 @@ def test_the_model_has_its_arguments_and_weights(folder):
     torch.save(state, "w.pth")
     for file in ("w.safetensors", "w.pth"):
         run("prune", *NETS, "--model-args", "width: 6", "--weights", file, "--sparsity", 0.5,
-            "--small", "s.safetensors")  # fmt: skip
+            "--exclude", "fc", "--small", "s.safetensors")  # fmt: skip
         small = compress.load(lambda: _net(6), "s.safetensors")
         assert torch.equal(small.fc.bias, state["fc.bias"])
     assert "got shape (6,); the model has (8,)" in told("inspect", *NETS, "--weights", "w.pth")
@@ -270,6 +277,18 @@ def test_errors_of_the_users_are_told(folder, arguments, words):
     assert words in told(*arguments)
 
 
+def test_a_folder_that_is_not_there_is_told_before_the_work(folder):
+    job = write(folder / "job.json", config_list=CONFIG, model="no_such_module:f")
+    for arguments in (
+        ("prune", job, "--small", "no/s.safetensors"),
+        ("prune", job, "--masks", "no/m.safetensors"),
+        ("speedup", job, "--small", "no/s.safetensors"),
+        ("sensitivity", job, "--output", "no/c.csv"),
+    ):
+        assert "there is no folder no" in told(*arguments)
+    assert "expected a file .csv" in told("sensitivity", job, "--output", "c.txt")
+
+
 def test_usage_errors_are_2_and_debug_shows_where(folder):
     assert "CONFIG file" in run("inspect", code=2).stderr
     run("inspekt", code=2)
@@ -331,9 +350,9 @@ def test_as_a_program(folder):
     found = start(folder, "explain", "conv1", *NETS, "--json")
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["units"] == 8
-    failed = start(folder, "explain", "conv9", *NETS)
+    failed = start(folder, "explain", "conv9", "--model", "cli_nets:warned", *NETS[2:])
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert failed.stderr.startswith("the user's own print\nerror: 'conv9'")
+    assert failed.stderr.startswith("warning: look out\nerror: 'conv9'")
 
 
 def test_without_typer_it_says_what_to_install(monkeypatch):

@@ -22,7 +22,7 @@ from compress.cli.loading import (
     resolve,
     user_code,
 )
-from compress.cli.running import Answer, grid, registrar
+from compress.cli.running import Answer, grid, registrar, unwrapped
 from compress.errors import ConfigError
 from compress.graph.channels import ChannelGraph
 from compress.masks import applied_masks
@@ -38,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 command = registrar(app)
+CURVES = (".csv", ".json", ".png", ".svg", ".pdf")
 
 
 def _version(asked: bool) -> None:
@@ -46,7 +47,6 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _compress(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
@@ -61,6 +61,9 @@ def _compress(
 
     Example: [bold]compress inspect --model torchvision.models:resnet18 --input 1,3,64,64[/bold]
     """
+
+
+app.callback(help=unwrapped(_compress))(_compress)
 
 
 @command()
@@ -160,6 +163,12 @@ def sensitivity(
 
     Example: [bold]compress sensitivity prune.yaml --sparsities 0.25,0.5 --output curves.csv[/bold]
     """
+    if output is not None:
+        _check_folders(str(output))
+        if output.suffix not in CURVES:
+            raise ConfigError(
+                f"--output: got {output}; expected a file {', '.join(CURVES[:-1])} or {CURVES[-1]}"
+            )
     model, evaluator = build_model(job), make_evaluator(job)
     if evaluator is None:
         raise ConfigError(
@@ -198,7 +207,9 @@ def prune(job: Job) -> Answer:
         model: {factory: torchvision.models:resnet18, kwargs: {num_classes: 10}}
         weights: dense.safetensors
         dummy_input: \\[1, 3, 64, 64]
-        config_list: [{sparsity: 0.5, op_types: \\[default]}, {exclude: true, op_names: \\[fc]}]
+        config_list:
+          - {sparsity: 0.5, op_types: \\[default]}
+          - {exclude: true, op_names: \\[fc]}
         pruner: {name: L2FilterPruner, arguments: {mode: dependency_aware}}
         evaluator: data:evaluator
         train: data:fine_tune
@@ -212,6 +223,7 @@ def prune(job: Job) -> Answer:
     """
     if job.masks is None and job.small is None:
         raise ConfigError("nothing to write: pass --masks FILE, --small FILE, or both")
+    _check_folders(job.masks, job.small)
     function = None if job.train is None else resolve("train", job.train)
     model, evaluator = build_model(job), make_evaluator(job)
     pruner = make_pruner(job, model, evaluator)
@@ -247,6 +259,7 @@ def speedup(job: Job) -> Answer:
     """
     if job.small is None:
         raise ConfigError("nothing to write: pass --small FILE")
+    _check_folders(job.small)
     function = None if job.train is None else resolve("train", job.train)
     model, masks = build_model(job), read_masks(job)
     if masks is None and not applied_masks(model):
@@ -268,6 +281,14 @@ def _shrink(job: Job, model: nn.Module) -> Report:
     return shrinking.report
 
 
+def _check_folders(*paths: str | None) -> None:
+    """Raise where a file could not be written, before the work is done."""
+    for path in _paths(*paths):
+        folder = Path(path).parent
+        if not folder.is_dir():
+            raise ConfigError(f"{path}: there is no folder {folder}; make it first")
+
+
 def _paths(*paths: str | None) -> tuple[str, ...]:
     return tuple(path for path in paths if path is not None)
 
@@ -284,9 +305,9 @@ def bench(
 
     Example: [bold]compress bench prune.yaml --small small.safetensors[/bold]
     """
-    models = {"dense": build_model(job)}
+    models = {"dense": build_model(job).eval()}
     if job.small is not None:
-        models["small"] = load_small(job)
+        models["small"] = load_small(job).eval()
     inputs = make_input(job)
     with user_code("model: running it"):
         measured = compare(models, inputs, warmup=warmup, repeats=repeats)

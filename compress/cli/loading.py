@@ -103,7 +103,7 @@ def build_model(job: Job) -> nn.Module:
 
 
 def load_small(job: Job) -> nn.Module:
-    """The small model of the job's file."""
+    """The small model of the job's file, which it has to have."""
     assert job.small is not None
     return compress.load(factory_of(job), job.small).to(_device(job))
 
@@ -151,7 +151,8 @@ def make_pruner(job: Job, model: nn.Module, evaluator: Evaluator | None) -> Any:
         arguments.setdefault("dummy_input", make_input(job))
     if "evaluator" in known and evaluator is not None:
         arguments.setdefault("evaluator", evaluator)
-    return kind(model, [dict(entry) for entry in job.config_list], **arguments)
+    with user_code(f"pruner: {job.pruner.name}"):
+        return kind(model, [dict(entry) for entry in job.config_list], **arguments)
 
 
 def read_masks(job: Job) -> Masks | None:

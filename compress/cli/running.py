@@ -93,12 +93,18 @@ def registrar(app: typer.Typer) -> Callable[..., Callable[[_Command], _Command]]
 
     def command(*options: str) -> Callable[[_Command], _Command]:
         def register(function: _Command) -> _Command:
-            app.command(help=inspect.getdoc(function))(_with_options(function, options))
+            app.command(help=unwrapped(function))(_with_options(function, options))
             return function
 
         return register
 
     return command
+
+
+def unwrapped(function: Callable[..., Any]) -> str:
+    """A docstring as help: its paragraphs on a line each, what is indented as it is."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(p if p.startswith("  ") else " ".join(p.split()) for p in paragraphs)
 
 
 def _with_options(function: Callable[..., Answer], options: tuple[str, ...]) -> Callable[..., None]:
@@ -221,8 +227,8 @@ def _print(answer: Answer, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps({**answer.data, "wrote": answer.wrote}, indent=2) + "\n")
     else:
-        # In a pipe there is no width to fit: the text must not be cut to 80 columns.
-        console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
+        # In a pipe there is no width to fit: the text must not be folded at 80 columns.
+        console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
         for part in answer.text:
             console.print(part, soft_wrap=isinstance(part, str))
     for path in answer.wrote:
