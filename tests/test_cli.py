@@ -179,6 +179,14 @@ def test_prune_and_speedup_make_the_same_model(folder):
     assert "nothing to write" in told("prune", *NETS, "--sparsity", 0.5)
 
 
+def test_a_small_model_is_pruned_again(folder):
+    some = ("--sparsity", 0.5, "--exclude", "fc")
+    run("prune", *NETS, *some, "--small", "one.safetensors")
+    run("prune", *NETS, *some, "--weights", "one.safetensors", "--small", "two.safetensors")
+    sizes = [compress.load(_net, f"{n}.safetensors").conv1.out_channels for n in ("one", "two")]
+    assert sizes[1] < sizes[0] < 8
+
+
 def test_a_file_says_all_of_it(folder):
     job = write(
         folder / "job.json", config_list=CONFIG, evaluator="cli_nets:evaluator",

@@ -63,6 +63,8 @@ def test_a_subclass_is_another_type_for_nni(model):
     model.conv1 = Own(3, 8, 3, padding=1)
     found = nni.translate([V3], model)
     assert found.config_list[0]["op_names"] == ["body.0", "body.2"]
+    (told,) = nni.translate([{"sparsity": 0.5, "op_types": ["Conv2d"]}], model).left_out
+    assert "not in NNI: Own;" in told
 
 
 def test_exclusion_is_of_its_own_entry_only(model):
@@ -91,6 +93,16 @@ def test_entries_of_a_global_group_are_one(model):
     masks = L1FilterPruner(model, found.config_list, **found.arguments).calc_masks()
     assert masks["body.0"]["bias"].sum() >= 2
     assert "expected the same" in refused(model, first, {**first, "sparse_ratio": 0.25})
+
+
+def test_a_global_group_of_dependencies(model):
+    entry = {**V3, "global_group_id": 1, "dependency_group_id": 2}
+    for entries in ([entry], [V3 | {"dependency_group_id": 2}, entry]):
+        found = nni.translate(entries, model)
+        assert found.arguments == {"mode": "dependency_aware"}
+        assert any("ranks coupled layers" in line for line in found.left_out)
+    x = torch.rand(1, 3, 8, 8)
+    L1FilterPruner(model, found.config_list, dummy_input=x, **found.arguments).calc_masks()
 
 
 def test_what_is_an_argument_here(model):

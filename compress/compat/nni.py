@@ -144,6 +144,22 @@ class _Translator:
         elif len(known) == len(raw):
             self.entries.append(dict(known))
             self.mapped.append(f"{where}: as it is; its keys are the same here")
+            self._tell_subclasses(where, known.get("op_types"))
+
+    def _tell_subclasses(self, where: str, asked: object) -> None:
+        """What a type matches here, but not in NNI."""
+        wanted = set(asked) if isinstance(asked, (list, tuple)) else set()
+        more = {
+            kind
+            for name, kind in self.types.items()
+            if kind not in wanted
+            and wanted & {c.__name__ for c in type(self.modules[name]).__mro__}
+        }
+        if more:
+            self.left_out.append(
+                f"{where}['op_types']: subclasses match here, and not in NNI: "
+                f"{', '.join(sorted(more))}; exclude them if they shall stay"
+            )
 
     # -- v3 ------------------------------------------------------------------------------------
 
