@@ -1,0 +1,376 @@
+"""The commands, one function each: what is asked of the library, and the answer as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+import compress
+from compress.cli.inspecting import coupled_groups, layer_facts
+from compress.cli.job import Job
+from compress.cli.loading import (
+    build_model,
+    load_small,
+    make_evaluator,
+    make_input,
+    make_pruner,
+    read_masks,
+    resolve,
+    user_code,
+)
+from compress.cli.running import Answer, grid, registrar, unwrapped
+from compress.errors import ConfigError
+from compress.graph.channels import ChannelGraph
+from compress.masks import applied_masks
+from compress.measure import Measurement, compare, summarize, table
+from compress.search.sensitivity_pruner import SPARSITIES
+from compress.speedup.report import Report
+from compress.speedup.speedup import ModelSpeedup
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+command = registrar(app)
+CURVES = (".csv", ".json", ".png", ".svg", ".pdf")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(compress.__version__)
+        raise typer.Exit
+
+
+def _compress(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Prune a PyTorch model under masks, then cut it down to a smaller one that computes the same.
+
+    Every command takes a CONFIG file (YAML or JSON), or --model and --input; options go before what
+    the file says. Paths are from the current directory, which is importable.
+
+    Exit codes: 0 fine, 1 an error of what was given, 2 wrong usage.
+
+    Example: [bold]compress inspect --model torchvision.models:resnet18 --input 1,3,64,64[/bold]
+    """
+
+
+app.callback(help=unwrapped(_compress))(_compress)
+
+
+@command()
+def inspect(job: Job) -> Answer:
+    """Show layers, what could be pruned of each, and what holds the rest.
+
+    Example: [bold]compress inspect --model torchvision.models:resnet18 --input 1,3,64,64[/bold]
+    """
+    model, inputs = build_model(job), make_input(job)
+    facts = layer_facts(ChannelGraph(model, inputs))
+    with user_code("model: running it"):
+        summary = summarize(model, inputs)
+    groups = coupled_groups(facts)
+    rows: list[tuple[object, ...]] = [
+        (
+            each.layer, each.type, each.units, each.free, each.parameters, each.flops,
+            "; ".join(f"{count}: it {reason}" for reason, count in each.held.items()),
+        )
+        for each in facts
+    ]  # fmt: skip
+    columns = ("layer", "type", "units", "can go", "parameters", "FLOPs", "what holds the others")
+    data = {
+        "parameters": summary.parameters_total,
+        "mult_adds": summary.mult_adds,
+        "flops": summary.flops,
+        "layers": [asdict(each) for each in facts],
+        "coupled": groups,
+    }
+    totals = (
+        f"{summary.parameters_total:,} parameters, {summary.mult_adds:,} mult-adds, "
+        f"{summary.flops:,} FLOPs"
+    )
+    together = [f"go together: {', '.join(names)}" for names in groups]
+    return Answer(data, (grid(columns, rows), *together, totals))
+
+
+@command("masks")
+def explain(
+    job: Job,
+    layer: Annotated[str, typer.Argument(help="Path of a layer, such as layer1.0.conv1.")],
+    channel: Annotated[int | None, typer.Option(help="One of its units, from 0.")] = None,
+) -> Answer:
+    """Say why a channel of LAYER stays or goes, or what the layer is coupled with.
+
+    Of the structure alone, or with --masks under these.
+
+    Example: [bold]compress explain layer1.0.conv2 --channel 3 --model torchvision.models:resnet18
+    --input 1,3,64,64[/bold]
+    """
+    model, inputs = build_model(job), make_input(job)
+    if channel is None:
+        return _coupled(ChannelGraph(model, inputs), layer)
+    masks = read_masks(job)
+    source = ChannelGraph(model, inputs) if masks is None else ModelSpeedup(model, inputs, masks)
+    found = source.why(layer, channel)
+    data = {
+        "layer": layer,
+        "channel": channel,
+        "free": found.free,
+        "state": found.state,
+        "reason": found.reason,
+        "path": found.path,
+        "with_it": [str(member) for member in found.members],
+    }
+    return Answer(data, (str(found),))
+
+
+def _coupled(graph: ChannelGraph, layer: str) -> Answer:
+    coupled = graph.coupled(layer)
+    readers = [n for n in graph.coupled(layer, readers=True) if n not in coupled]
+    facts = next((each for each in layer_facts(graph) if each.layer == layer), None)
+    data: dict[str, Any] = {"layer": layer, "coupled": coupled, "readers": readers}
+    text = [
+        f"go together with {layer}: {', '.join(coupled) or 'no others'}",
+        f"lose inputs with it: {', '.join(readers) or 'none'}",
+    ]
+    if facts is not None:
+        data |= {"units": facts.units, "free": facts.free, "held": facts.held}
+        text.append(f"can go: {facts.free} of {facts.units} units")
+        text += [f"stay: {count}: it {reason}" for reason, count in facts.held.items()]
+    return Answer(data, tuple(text))
+
+
+@command("evaluator")
+def sensitivity(
+    job: Job,
+    sparsities: Annotated[
+        str, typer.Option(help="To try of each layer, separated by commas.")
+    ] = ",".join(map(str, SPARSITIES)),
+    output: Annotated[
+        Path | None, typer.Option(help="Write the curves: .csv (as NNI), .json, .png or .svg.")
+    ] = None,
+) -> Answer:
+    """Measure how good the model is without a part of each layer alone.
+
+    The evaluator's eval_fn says how good. Without a config_list, all layers.
+
+    Example: [bold]compress sensitivity prune.yaml --sparsities 0.25,0.5 --output curves.csv[/bold]
+    """
+    if output is not None:
+        _check_folders(str(output))
+        if output.suffix not in CURVES:
+            raise ConfigError(
+                f"--output: got {output}; expected a file {', '.join(CURVES[:-1])} or {CURVES[-1]}"
+            )
+    model, evaluator = build_model(job), make_evaluator(job)
+    if evaluator is None:
+        raise ConfigError(
+            "evaluator: it is missing, and says how good a model is; pass --evaluator "
+            "module:function, which returns compress.Evaluator(eval_fn=accuracy)"
+        )
+    selected: list[dict[str, Any]] = job.config_list or [{"op_types": ["Conv2d", "Linear"]}]
+    with user_code(f"evaluator: {job.evaluator}"):
+        found = compress.sensitivity_analysis(
+            model,
+            selected,
+            evaluator,
+            _fractions(sparsities),
+            dummy_input=make_input(job),
+            seed=job.seed,
+        )
+    if output is not None:
+        (found.export if output.suffix in (".csv", ".json") else found.plot)(output)
+    data = {"dense": found.dense, "performances": found.performances, "layers": found.layers}
+    return Answer(data, (str(found),), () if output is None else (str(output),))
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--sparsities: got {text!r}; expected numbers, as 0.25,0.5") from None
+
+
+@command("pruner", "sparsity", "exclude", "evaluator", "train", "masks", "small")
+def prune(job: Job) -> Answer:
+    """Choose what goes, and write the masks, or the small model, or both.
+
+    The file, all but the model optional:
+
+        model: {factory: torchvision.models:resnet18, kwargs: {num_classes: 10}}
+        weights: dense.safetensors
+        dummy_input: \\[1, 3, 64, 64]
+        config_list:
+          - {sparsity: 0.5, op_types: \\[default]}
+          - {exclude: true, op_names: \\[fc]}
+        pruner: {name: L2FilterPruner, arguments: {mode: dependency_aware}}
+        evaluator: data:evaluator
+        train: data:fine_tune
+        masks: masks.safetensors
+        small: small.safetensors
+
+    Example: [bold]compress prune prune.yaml[/bold]
+
+    Example: [bold]compress prune --model torchvision.models:resnet18 --input 1,3,64,64 --sparsity
+    0.5 --exclude fc --masks masks.safetensors --small small.safetensors[/bold]
+    """
+    if job.masks is None and job.small is None:
+        raise ConfigError("nothing to write: pass --masks FILE, --small FILE, or both")
+    _check_folders(job.masks, job.small)
+    function = None if job.train is None else resolve("train", job.train)
+    model, evaluator = build_model(job), make_evaluator(job)
+    pruner = make_pruner(job, model, evaluator)
+    with user_code(f"pruner: {job.pruner.name}"):
+        model, masks = pruner.compress()
+    if job.masks is not None:
+        masks.save(job.masks)
+    data: dict[str, Any] = {
+        "pruner": job.pruner.name,
+        "sparsity": masks.sparsity,
+        "sparsity_per_layer": masks.sparsity_per_layer,
+    }
+    text: list[Any] = [str(masks)]
+    if job.small is not None:
+        if applied_masks(model):  # a pruner with speedup=True has shrunk it already
+            report = _shrink(job, model)
+            data["report"] = asdict(report)
+            text = [str(report)]
+        if function is not None:
+            with user_code(f"train: {job.train}"):
+                function(model)
+        provenance = job.model_dump(mode="json", include={"pruner", "config_list", "seed"})
+        compress.save(model, job.small, provenance=provenance)
+    return Answer(data, tuple(text), _paths(job.masks, job.small))
+
+
+@command("masks", "small", "train")
+def speedup(job: Job) -> Answer:
+    """Cut the masked model down to a small one that computes the same, and write it.
+
+    Example: [bold]compress speedup prune.yaml --masks masks.safetensors --small
+    small.safetensors[/bold]
+    """
+    if job.small is None:
+        raise ConfigError("nothing to write: pass --small FILE")
+    _check_folders(job.small)
+    function = None if job.train is None else resolve("train", job.train)
+    model, masks = build_model(job), read_masks(job)
+    if masks is None and not applied_masks(model):
+        raise ConfigError("masks: there are none; pass --masks FILE, as compress prune writes it")
+    if masks is not None:
+        masks.apply(model)
+    report = _shrink(job, model)
+    if function is not None:
+        with user_code(f"train: {job.train}"):
+            function(model)
+    compress.save(model, job.small)
+    return Answer({"report": asdict(report)}, (str(report),), (job.small,))
+
+
+def _shrink(job: Job, model: nn.Module) -> Report:
+    """Shrink a masked model in place."""
+    shrinking = ModelSpeedup(model, make_input(job), **job.speedup.model_dump())
+    shrinking.speedup_model()
+    return shrinking.report
+
+
+def _check_folders(*paths: str | None) -> None:
+    """Raise where a file could not be written, before the work is done."""
+    for path in _paths(*paths):
+        folder = Path(path).parent
+        if not folder.is_dir():
+            raise ConfigError(f"{path}: there is no folder {folder}; make it first")
+
+
+def _paths(*paths: str | None) -> tuple[str, ...]:
+    return tuple(path for path in paths if path is not None)
+
+
+@command("small", "evaluator")
+def bench(
+    job: Job,
+    repeats: Annotated[int, typer.Option(min=1, help="Forward passes that are timed.")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="Passes before, not counted.")] = 10,
+) -> Answer:
+    """Measure the dense model, and the small one beside it: size, mult-adds, latency.
+
+    With an evaluator that has an eval_fn, how good they are, too.
+
+    Example: [bold]compress bench prune.yaml --small small.safetensors[/bold]
+    """
+    models = {"dense": build_model(job).eval()}
+    if job.small is not None:
+        models["small"] = load_small(job).eval()
+    inputs = make_input(job)
+    with user_code("model: running it"):
+        measured = compare(models, inputs, warmup=warmup, repeats=repeats)
+    scores = _scores(job, models)
+    shown = {name: f"{score:.4g}" for name, score in scores.items()}
+    extra = {"score": shown} if scores else None
+    data = {n: {**_numbers(each), "score": scores.get(n)} for n, each in measured.items()}
+    return Answer(data, (str(table(measured, extra)),))
+
+
+def _scores(job: Job, models: dict[str, nn.Module]) -> dict[str, float]:
+    evaluator = make_evaluator(job)
+    if evaluator is None or evaluator.eval_fn is None:
+        return {}
+    with user_code(f"evaluator: {job.evaluator}"):
+        return {name: float(evaluator.eval_fn(model)) for name, model in models.items()}
+
+
+def _numbers(each: Measurement) -> dict[str, Any]:
+    time = each.latency
+    return {
+        "parameters": each.summary.parameters_total,
+        "mult_adds": each.summary.mult_adds,
+        "flops": each.summary.flops,
+        "size_mb": each.size_mb,
+        "latency_ms": {"median": time.median_ms, "p10": time.p10_ms, "p90": time.p90_ms},
+        "measured": {
+            "repeats": time.repeats,
+            "batch": time.batch,
+            "device": time.device,
+            "threads": time.threads,
+        },
+    }
+
+
+@command("masks", "small")
+def report(job: Job) -> Answer:
+    """Show what a speedup would remove under the masks and why the rest stays; change nothing.
+
+    Without --masks, what the file of the small model says of itself: what was cut, and how.
+
+    Example: [bold]compress report prune.yaml --masks masks.safetensors[/bold]
+    """
+    masks = read_masks(job)
+    if masks is not None:
+        planned = ModelSpeedup(
+            build_model(job), make_input(job), masks, **job.speedup.model_dump()
+        ).report
+        return Answer({"report": asdict(planned)}, (str(planned),))
+    if job.small is None:
+        raise ConfigError("nothing to report: pass --masks FILE or --small FILE")
+    recipe = compress.checkpoint.read_recipe(job.small)
+    cuts = [
+        {"parameter": path, "before": plan.shapes[path], "after": cut.shape(plan.shapes[path])}
+        for plan in recipe.decoded_plans()
+        for path, cut in plan.slices.items()
+    ]
+    data = {
+        "model": recipe.model,
+        "cuts": cuts,
+        "provenance": recipe.provenance,
+        "versions": recipe.versions,
+    }
+    rows: list[tuple[object, ...]] = [tuple(cut.values()) for cut in cuts]
+    lines = [f"{name}: {value}" for name, value in {**recipe.provenance, **recipe.versions}.items()]
+    return Answer(data, (grid(("parameter", "shape", "new shape"), rows), *lines))
