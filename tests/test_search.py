@@ -143,7 +143,7 @@ def test_the_budget_is_that_of_the_small_model(kind: str) -> None:
     one = subject(model)
     point = one.scaled({"stem": 0.2, "wide": 1.0, "narrow": 0.5}, 0.4, kind)
     assert 0.4 <= one.saved(point, kind) < 0.5
-    small, _ = one.small(point)
+    small = one.small(point).model
     before, after = summarize(model, X), summarize(small, X)
     if kind == "flops":
         assert one.saved(point, kind) == pytest.approx(1 - after.flops / before.flops)
@@ -156,7 +156,7 @@ def test_a_small_candidate_is_what_a_speedup_makes() -> None:
     model = planted()
     one = subject(model)
     point = one.space.point({"stem": 0.25, "wide": 0.5})
-    small, _ = one.small(point)
+    small = one.small(point).model
     whole = ModelSpeedup(copy.deepcopy(model), X, one.masks(point)).speedup_model()
     assert [tuple(p.shape) for p in small.parameters()] == [
         tuple(p.shape) for p in whole.parameters()
@@ -385,13 +385,25 @@ def test_trained_weights_are_put_back_exactly(groups: int) -> None:
     model.eval()
     one = subject(model)
     point = one.scaled({"0": 1.0, "3": 0.5}, 0.4, "sparsity")
-    small, plan = one.small(point)
+    cut = one.small(point)
+    small, plan = cut.model, cut.plan
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.add_(torch.randn_like(parameter))
     put_back(one.model, plan, small.state_dict())
     one.masks(point).apply(one.model)
     torch.testing.assert_close(one.model(X), small(X))
+
+
+def test_a_layer_of_single_weights_keeps_one() -> None:
+    model = planted()
+    config_list = [{"sparsity": 0.9, "op_types": ["Conv2d"]}]
+    pruner = SimulatedAnnealingPruner(
+        model, config_list, Likeness(model), base_algo="level", initial_candidates=20,
+        cool_down_rate=0.5, progress=False,
+    )  # fmt: skip
+    masks = pruner.compress()[1]
+    assert all(masks[name]["weight"].any() for name in masks)
 
 
 # --- AutoCompress
@@ -422,6 +434,7 @@ def test_autocompress_gives_a_small_trained_model(tmp_path: Path) -> None:
     assert not masks
     best = pruner.result.best  # type: ignore[union-attr]
     assert best.parameters == sum(p.numel() for p in model.parameters())
+    assert best.flops == summarize(model, X).flops
     assert best.parameters < 0.6 * sum(p.numel() for p in planted().parameters())
     assert likeness(model) == pytest.approx(best.performance, rel=1e-5)
     save(model, tmp_path / "small.safetensors")

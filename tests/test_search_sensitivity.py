@@ -300,6 +300,56 @@ def test_workers_and_kills_change_nothing(tmp_path: Path) -> None:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("base_algo", ["l1", "level"])
+def test_what_the_finetuner_trained_is_kept(base_algo: str) -> None:
+    model, seen = network(), list[torch.Tensor]()
+
+    def noted(model: nn.Module) -> None:
+        seen.append(model[3].weight.detach().abs().sum())  # type: ignore[operator, union-attr]
+        tune(model)
+
+    pruner = SensitivityPruner(
+        model, CONFIG, evaluate, noted, base_algo=base_algo, acc_drop_threshold=0.001,
+        sparsity_per_iter=0.25, sparsities=(0.25, 0.5, 0.75), progress=False,
+    )  # fmt: skip
+    masks = pruner.compress()[1]
+    assert pruner.result is not None
+    best = pruner.result.best
+    assert evaluate(model) == pytest.approx(best.performance, rel=1e-4)
+    assert best.stage == 2 and masks.sparsity >= 0.49
+    if base_algo == "l1":
+        small = ModelSpeedup(model, torch.rand(2, 1, 6, 6)).speedup_model()
+        assert evaluate(small) == pytest.approx(best.performance, rel=1e-4)
+        assert sum(p.numel() for p in small.parameters()) == best.parameters
+        # The second iteration begins with what the first one trained, cut further.
+        assert not any(torch.equal(dense, seen[1]) for dense in (seen[0],))
+
+
+def test_what_is_masked_stays_masked_where_weights_are_trained() -> None:
+    pruner = SensitivityPruner(
+        network(), CONFIG, evaluate, tune, acc_drop_threshold=0.001, sparsity_per_iter=0.2,
+        sparsities=(0.25, 0.5, 0.75), progress=False,
+        sparsity_proportion_calc=_in_turn(),
+    )  # fmt: skip
+    masks = pruner.compress()[1]
+    assert pruner.result is not None
+    chosen = {trial.stage: trial.sparsities for trial in pruner.result.trials}
+    for name, sparsity in chosen[1].items():
+        assert chosen[max(chosen)][name] >= sparsity
+    assert masks.sparsity < 0.6  # not what was chosen anew besides what was gone
+
+
+def _in_turn() -> Any:
+    """Proportions that are all in another layer each time."""
+    calls = [0]
+
+    def proportions(performance: float, threshold: float, curves: Mapping[str, Any]) -> Any:
+        calls[0] += 1
+        return {name: float(i == calls[0] % 2) for i, name in enumerate(curves)}
+
+    return proportions
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ConfigError) as told:
         SensitivityPruner(

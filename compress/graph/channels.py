@@ -177,6 +177,11 @@ class ChannelGraph:
         return found
 
     @cached_property
+    def module_paths(self) -> dict[nn.Module, str]:
+        """The first path of each module."""
+        return {module: path for path, module in self.modules.items()}
+
+    @cached_property
     def layers(self) -> dict[str, LayerUnits]:
         """Every weight that makes units, by its path (of several calls, the first)."""
         found: dict[str, LayerUnits] = {}

@@ -21,6 +21,7 @@ from compress.masks import Masks, applied_masks, raw_parameter, suspend_masks
 from compress.pruners.export import MaskedModel
 
 if TYPE_CHECKING:
+    from compress.graph.channels import ChannelGraph
     from compress.pruners.dependency import Coupling
 
 MODES = ("normal", "global", "dependency_aware", "isomorphic")
@@ -50,10 +51,12 @@ class ScoredAtoms:
     Attributes:
         coupling: the atoms, their scores, and `Coupling.choose`.
         masks: the masks for a ``gone`` of the coupling, with those that the model had before.
+        again: the same scores, on what the coupling's graph has learned since.
     """
 
     coupling: Coupling
     masks: Callable[[np.ndarray], Masks]
+    again: Callable[[], ScoredAtoms]
 
 
 def foreign_layers() -> tuple[type[nn.Module], ...]:
@@ -213,13 +216,18 @@ class Pruner(MaskedModel, ABC):
         self._prepare()
         before = self._masks_before()
         layers, scores = self._scored(before)
-        coupling = self._coupling(scores)
-        return ScoredAtoms(
-            coupling,
-            lambda gone: self._masks_of(
-                layers, coupling.keep(gone), coupling.following(gone), before
-            ),
-        )
+
+        def atoms(graph: ChannelGraph | None = None) -> ScoredAtoms:
+            coupling = self._coupling(scores, graph)
+            return ScoredAtoms(
+                coupling,
+                lambda gone: self._masks_of(
+                    layers, coupling.keep(gone), coupling.following(gone), before
+                ),
+                lambda: atoms(coupling.graph),
+            )
+
+        return atoms()
 
     def compress(self) -> tuple[nn.Module, Masks]:
         """Mask the model, in place.
@@ -405,7 +413,9 @@ class Pruner(MaskedModel, ABC):
             "min_channels": {n: -(-self.min_channels // size) for n, size in sizes.items()},
         }
 
-    def _coupling(self, scores: Mapping[str, Tensor]) -> Coupling:
+    def _coupling(
+        self, scores: Mapping[str, Tensor], graph: ChannelGraph | None = None
+    ) -> Coupling:
         # Imported here: it needs the graph engine, which the other modes do without.
         from compress.pruners.dependency import Coupling
 
@@ -422,6 +432,7 @@ class Pruner(MaskedModel, ABC):
                 blocks=self._blocks,
                 whole_heads=self._whole_heads,
                 isomorphic=self.mode == "isomorphic",
+                graph=graph,
             )
 
 

@@ -68,6 +68,7 @@ class Coupling:
         whole_heads: of attention, heads go and not their dims.
         isomorphic: a total sparsity is that of each kind of structure by itself (see
             `structure_classes`), and scores are as they are, not divided by a layer's mean.
+        graph: of the plain model, if there is one already.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class Coupling:
         blocks: Mapping[str, int],
         whole_heads: bool,
         isomorphic: bool,
+        graph: ChannelGraph | None = None,
     ) -> None:
-        self.graph = graph = ChannelGraph(model, dummy_input)
+        graph = ChannelGraph(model, dummy_input) if graph is None else graph
+        self.graph = graph
         self.targets, self.min_channels = targets, min_channels
         steps = {t.name: math.lcm(round_to, blocks.get(t.name, 1)) for t in targets}
         self.layers = [_layer(graph, t, scores[t.name], steps[t.name], isomorphic) for t in targets]

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from compress.cost import cost_model
 from compress.evaluator import Evaluator, TrainerEvaluator
-from compress.masks import Masks, applied_masks
+from compress.graph.channels import ChannelGraph
+from compress.masks import Masks, applied_masks, suspend_masks
 from compress.pruners.data import is_count
 from compress.schedule.admm import ADMMPruner
 from compress.schedule.state import read_state, write_state
@@ -97,7 +99,8 @@ class AutoCompressPruner(SimulatedAnnealingPruner):
             }
             overall = {name: 1 - share for name, share in left.items()}
             share = 1 - (1 - target) ** number
-            trial = self._trials.measure(model, overall, share, number)
+            flops = None if subject.space.coupling is None else _flops(model, self.dummy_input)
+            trial = self._trials.measure(model, overall, share, number, flops)
             self._write_state(number, plans, left, model)
         assert trial is not None, "there is a round at least"
         return Found(trial, applied_masks(model), values_of(model), plans)
@@ -190,6 +193,12 @@ class AutoCompressPruner(SimulatedAnnealingPruner):
 
 def _adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3, weight_decay=5e-5)
+
+
+def _flops(model: nn.Module, dummy_input: Any) -> float:
+    """Of one run of a small model; what stayed masked counts."""
+    with suspend_masks(model):
+        return cost_model("flops", ChannelGraph(model, dummy_input)).dense
 
 
 def _speedup(model: nn.Module, dummy_input: Any) -> Plan:

@@ -224,6 +224,12 @@ class SearchPruner(MaskedModel):
         given = self._base_arguments()
         return Subject(model, self.kind, self.config_list, given, self.dummy_input)
 
+    def _renewed(self, subject: Subject, masks: Masks, values: Mapping[str, Tensor]) -> Subject:
+        """The subject with a winner's masks and weights, from which its scores follow."""
+        put_values(subject.model, values)
+        masks.apply(subject.model)
+        return self._subject(subject.model)
+
     def _base_arguments(self) -> dict[str, Any]:
         """Of the one-shot pruner."""
         given = base_arguments(self.kind, self.pruning_params, self.evaluator, self.dummy_input)

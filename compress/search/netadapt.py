@@ -17,7 +17,7 @@ from compress.search.base import Found, SearchPruner
 from compress.search.space import Point, SearchGroup
 from compress.search.subject import Subject
 from compress.search.trials import Trial
-from compress.unchanged import put_values, values_of
+from compress.unchanged import values_of
 
 _STATE = "netadapt_state.safetensors"
 _HALVINGS = 30
@@ -118,12 +118,6 @@ class NetAdaptPruner(SearchPruner):
             if (high - low) * group.units < 0.5:
                 break
         return best
-
-    def _renewed(self, subject: Subject, masks: Masks, values: Mapping[str, Any]) -> Subject:
-        """The subject with a winner's masks and weights, from which its scores follow."""
-        put_values(subject.model, values)
-        masks.apply(subject.model)
-        return self._subject(subject.model)
 
     # -- stop and go on --------------------------------------------------------------------
 

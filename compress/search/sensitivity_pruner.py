@@ -23,6 +23,7 @@ from compress.search.plots import can_plot
 from compress.search.sensitivity import Sensitivity, bearable
 from compress.search.space import Point, Sparsities
 from compress.search.subject import Subject
+from compress.unchanged import values_of
 
 Curves = Mapping[str, Mapping[float, float]]  # performance by group and sparsity
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -68,12 +69,14 @@ class SensitivityPruner(SearchPruner):
     As NNI v1's of this name. In each iteration each group is made sparser alone, until the
     performance has dropped by more than ``acc_drop_threshold``. The sparsities of all are then
     proportional to where that was, and scaled to a target that grows by ``sparsity_per_iter``.
+    With a ``finetuner`` the next iteration goes on from the weights that it trained, what is
+    masked stays masked, and `compress` returns the model with the weights of the last iteration.
+    A search that was stopped trains what iterations have led to again, and evaluates nothing twice.
 
     Args:
         model, config_list, evaluator, **arguments: as `SearchPruner`.
         finetuner: ``finetuner(model)`` trains the candidate of each iteration before it is scored;
-            candidates of one sparse group are not trained. The model that `compress` returns has
-            its own weights.
+            candidates of one sparse group are not trained.
         sparsity_proportion_calc: ``f(performance, acc_drop_threshold, {layer: {sparsity:
             performance}})`` -> ``{layer: proportion}``, instead of that.
         sparsity_per_iter: of the target; None: one iteration.
@@ -154,13 +157,16 @@ class SensitivityPruner(SearchPruner):
                 self.sensitivity = self._sensitivity(subject, curves)
                 self._write(self.sensitivity)
             profile = self._proportions(subject, performance, curves, now)
-            point = subject.scaled(profile, goal, self.cost)
-            (trial,) = self._evaluate(subject, [point], stage)
+            point = subject.scaled(profile, goal, self.cost, now if self.fine_tuner else None)
+            (trial,), state = self._trials.evaluate(
+                subject, [point], stage, self._gain if self.fine_tuner else None
+            )
             now, performance = dict(point.sparsities), trial.performance
-            if goal < self.target and self.fine_tuner is not None:
-                with self._untrained():
-                    performance = self._evaluate(subject, [point], stage)[0].performance
-        return Found(trial, subject.masks(point))
+            masks = subject.masks(point)
+            if state is not None:
+                subject.take_over(point, state)
+                subject = self._renewed(subject, masks, values_of(subject.model))
+        return Found(trial, masks, values_of(subject.model) if self.fine_tuner else None)
 
     def _goals(self) -> list[float]:
         """The target of each iteration."""

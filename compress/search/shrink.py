@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from compress.graph.channels import ChannelGraph
 from compress.masks import Masks
-from compress.speedup.cut import Cutter, Options
-from compress.speedup.decide import Limits
+from compress.speedup.cut import Cut, Cutter, Options
+from compress.speedup.decide import Decision, Limits
 from compress.speedup.plan import Plan
 from compress.speedup.surgery import by_leaf
+
+
+@dataclass(frozen=True)
+class Small:
+    """A candidate.
+
+    Attributes:
+        model: nobody else's.
+        plan: what was done to it.
+        decision: what stayed, and why; None of a masked model.
+    """
+
+    model: nn.Module
+    plan: Plan
+    decision: Decision | None
 
 
 class Shrinker:
@@ -21,36 +40,51 @@ class Shrinker:
     Args:
         model: plain; it is cut and put together again, so it must be nobody else's.
         dummy_input: an input of it.
+        graph: of the model; it learns what the model's code cannot follow. None where single
+            weights are masked.
     """
 
-    def __init__(self, model: nn.Module, dummy_input: Any) -> None:
-        self.model, self.dummy_input = model, dummy_input
+    def __init__(self, model: nn.Module, dummy_input: Any, graph: ChannelGraph | None) -> None:
+        self.model, self.dummy_input, self.graph = model, dummy_input, graph
         self._cutter: Cutter | None = None
 
-    def small(self, masks: Masks) -> tuple[nn.Module, Plan]:
-        """A copy of the model without what is masked, and what was done to it.
+    def small(self, masks: Masks) -> Small:
+        """A copy of the model without what is masked.
 
         Raises:
             CompressError: as `ModelSpeedup`.
         """
         with torch.inference_mode(False):
-            flat = by_leaf(self.model, masks)
-            first = self._cutter is None
-            if self._cutter is None:
-                options = Options("exact", Limits(1, 1), True)
-                self._cutter = Cutter(self.model, self.dummy_input, flat, options)
-            else:
-                self._cutter.renew(flat)
-            # Nobody compares what the copies compute: the code is seen to follow the first time,
-            # and then where a plan has something new in it.
-            cut = self._cutter.cut(always_replay=first)
+            cut = self._cut(masks)
             try:
-                return deepcopy(self.model), cut.plan
+                return Small(deepcopy(self.model), cut.plan, cut.decision)
             finally:
                 cut.undo()
 
-    def masked(self, masks: Masks) -> nn.Module:
+    def learns(self, several: Iterable[Masks]) -> bool:
+        """Whether the graph learns anything when the model is cut under some masks."""
+        assert self.graph is not None, "whole filters are masked"
+        before = self.graph.root, len(self.graph.space.equal_parts)
+        with torch.inference_mode(False):
+            for masks in several:
+                self._cut(masks).undo()
+        same = np.array_equal(before[0], self.graph.root)
+        return not same or before[1] != len(self.graph.space.equal_parts)
+
+    def masked(self, masks: Masks) -> Small:
         """A copy of the model with its masks written into the weights."""
         copy = deepcopy(self.model)
         masks.make_permanent(copy)
-        return copy
+        return Small(copy, Plan(), None)
+
+    def _cut(self, masks: Masks) -> Cut:
+        flat = by_leaf(self.model, masks)
+        first = self._cutter is None
+        if self._cutter is None:
+            options = Options("exact", Limits(1, 1), True)
+            self._cutter = Cutter(self.model, self.dummy_input, flat, options, self.graph)
+        else:
+            self._cutter.renew(flat)
+        # Nobody compares what the copies compute: the code is seen to follow the first time, and
+        # then where a plan has something new in it.
+        return self._cutter.cut(always_replay=first)

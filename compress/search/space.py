@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from compress.allocate import prune_count
-from compress.config import Targets
+from compress.config import Target, Targets
 from compress.errors import ConfigError
 from compress.masks import Masks, raw_parameter
 from compress.pruners.base import Pruner, ScoredAtoms
@@ -79,20 +79,31 @@ class SearchSpace:
         self._atoms: ScoredAtoms | None = None
         self._ranked: dict[str, tuple[np.ndarray, dict[str, int]] | None] = {}
         self._memo: dict[tuple[Any, ...], np.ndarray] = {}
-        sizes = _weights(pruner)
+        self._sizes = sizes = _weights(pruner)
         self.weights = sum(sizes.values())
         if pruner.runs_the_model:
-            self._atoms = pruner.scored_atoms()
-            self.groups = _coupled_groups(self._atoms.coupling, sizes)
+            self._couple(pruner.scored_atoms())
         else:
-            self.groups = tuple(
-                SearchGroup(t.name, (t.name,), sizes[t.name], sizes[t.name], t.max_sparsity)
-                for t in pruner.targets
-            )
+            self.groups = tuple(_of_weights(t, sizes[t.name]) for t in pruner.targets)
+
+    def renew(self) -> None:
+        """Take in what the coupling's graph has learned: points of before are none of this space.
+
+        Raises:
+            ConfigError: nothing can go any more.
+        """
+        if self._atoms is not None:
+            self._ranked.clear()
+            self._memo.clear()
+            self._couple(self._atoms.again())
+
+    def _couple(self, atoms: ScoredAtoms) -> None:
+        self._atoms = atoms
+        self.groups = _coupled_groups(atoms.coupling, self._sizes)
         if not self.groups:
             raise ConfigError(
-                f"{kind.__name__}: nothing of the layers that the config_list selects can go: they "
-                "make the model's output, or are coupled with layers that are not selected; "
+                f"{self._kind.__name__}: nothing of the layers that the config_list selects can "
+                "go: they make the output, or are coupled with layers that are not selected; "
                 "ChannelGraph(model, dummy_input).why(layer, 0) says why"
             )
 
@@ -168,6 +179,12 @@ def _weights(pruner: Pruner) -> dict[str, int]:
         assert weight is not None, f"{target.name} was checked by resolve"
         found[target.name] = weight.numel()
     return found
+
+
+def _of_weights(target: Target, weights: int) -> SearchGroup:
+    """The group of a layer that loses single weights: one stays at least."""
+    most = min(target.max_sparsity, 1 - 1 / weights)
+    return SearchGroup(target.name, (target.name,), weights, weights, most)
 
 
 def _coupled_groups(coupling: Coupling, sizes: Mapping[str, int]) -> tuple[SearchGroup, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -13,14 +14,15 @@ from compress.errors import ConfigError
 from compress.masks import Masks, applied_masks, suspend_masks
 from compress.pruners.base import Pruner
 from compress.search.put_back import moves_constants, put_back
-from compress.search.shrink import Shrinker
+from compress.search.shrink import Shrinker, Small
 from compress.search.space import Point, SearchSpace, Sparsities
-from compress.speedup.plan import Plan
 from compress.speedup.surgery import remaining_masks
 from compress.unchanged import put_values, values_of
 
 COSTS = ("sparsity", "params", "flops", "memory", "latency")
 _HALVINGS = 40
+_LESSONS = 5  # each may uncover what the next teaches
+_MORE = 0.01  # of FLOPs than were meant is worth telling
 
 
 class Subject:
@@ -43,9 +45,13 @@ class Subject:
         self.model = model
         self.space = SearchSpace(kind, model, config_list, arguments)
         self._before = suspend_masks(model).masks  # for good: the space's masks have them in
-        self._shrinker = Shrinker(model, dummy_input)
+        coupling = self.space.coupling
+        self._shrinker = Shrinker(model, dummy_input, None if coupling is None else coupling.graph)
         self._costs: dict[str, CostModel] = {}
         self._parameters = sum(p.numel() for p in model.parameters())
+        self._told = False
+        if coupling is not None:
+            self._try_out()
 
     def masks(self, point: Point) -> Masks:
         """What a point masks, with what the model had before."""
@@ -53,12 +59,14 @@ class Subject:
         masks &= self._before
         return masks
 
-    def small(self, point: Point) -> tuple[nn.Module, Plan]:
+    def small(self, point: Point) -> Small:
         """A small copy (of single weights, a masked one), and what was done to it."""
         masks = self.masks(point)
         if self.space.coupling is None:
-            return self._shrinker.masked(masks), Plan()
-        return self._shrinker.small(masks)
+            return self._shrinker.masked(masks)
+        small = self._shrinker.small(masks)
+        self._tell_what_stayed(point, small)
+        return small
 
     def trainable(self, point: Point) -> nn.Module:
         """A candidate to be trained: small, where its weights can be put back into the large one.
@@ -66,11 +74,12 @@ class Subject:
         They cannot where the small model has constants of masked channels in its biases, or has
         masks left; then it is a masked copy of the large one.
         """
-        small, plan = self.small(point)
+        small = self.small(point)
         masks = self.masks(point)
         filters = self.space.coupling is not None
-        if filters and not moves_constants(plan) and not remaining_masks(masks, plan, small):
-            return small
+        plan = small.plan
+        if filters and not moves_constants(plan) and not remaining_masks(masks, plan, small.model):
+            return small.model
         masked = deepcopy(self.model)
         masks.apply(masked)
         return masked
@@ -83,7 +92,7 @@ class Subject:
             suspend_masks(candidate)
             put_values(self.model, values_of(candidate))
         else:
-            put_back(self.model, self.small(point)[1], candidate.state_dict())
+            put_back(self.model, self.small(point).plan, candidate.state_dict())
 
     def parameters(self, point: Point, small: nn.Module) -> int:
         """How many a candidate has; where single weights are masked, those that are not."""
@@ -93,14 +102,24 @@ class Subject:
         masked = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks)
         return self._parameters - masked
 
+    def flops(self, small: Small) -> float | None:
+        """Of a small model, with what the speedup kept; None where single weights are masked."""
+        if small.decision is None:
+            return None
+        return self._cost_model("flops")(~small.decision.keep, small.decision.root)
+
     def cost(self, point: Point, kind: str) -> float | None:
         """ "params", "flops", ...: what is left of it; None where single weights are masked."""
         coupling = self.space.coupling
         if coupling is None or point.gone is None:
             return None
+        return self._cost_model(kind)(point.gone, coupling.roots)
+
+    def _cost_model(self, kind: str) -> CostModel:
+        assert self.space.coupling is not None, "single weights have no costs"
         if kind not in self._costs:
-            self._costs[kind] = cost_model(kind, coupling.graph)
-        return self._costs[kind](point.gone, coupling.roots)
+            self._costs[kind] = cost_model(kind, self.space.coupling.graph)
+        return self._costs[kind]
 
     def saved(self, point: Point, kind: str) -> float:
         """The fraction that a point saves: of the selected weights, or of a cost of the model."""
@@ -129,10 +148,13 @@ class Subject:
             )
         return most
 
-    def scaled(self, profile: Sparsities, target: float, kind: str) -> Point:
+    def scaled(
+        self, profile: Sparsities, target: float, kind: str, least: Sparsities | None = None
+    ) -> Point:
         """The point nearest above ``target`` whose sparsities have the proportions of a profile.
 
-        Each group loses the same multiple of its number in the profile, or all that it may.
+        Each group loses the same multiple of its number in the profile, or all that it may; and
+        what ``least`` says at least.
 
         Raises:
             ConfigError: so much cannot be saved; says what can.
@@ -146,7 +168,8 @@ class Subject:
         best = most
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            point = self.space.point({n: min(middle * s, top[n]) for n, s in shares.items()})
+            wanted = {n: max(middle * s, (least or {}).get(n, 0.0)) for n, s in shares.items()}
+            point = self.space.point({n: min(s, top[n]) for n, s in wanted.items()})
             if self.saved(point, kind) >= target:
                 high, best = middle, point
             else:
@@ -154,6 +177,44 @@ class Subject:
             if high - low < 1e-4 * high:
                 break
         return best
+
+    def _try_out(self) -> None:
+        """Cut before anything is chosen, so that the space knows what the code cannot follow.
+
+        A size that is a number in the code, or one attribute that two blocks count with. Each group
+        is cut, and neighbours differ.
+        """
+        for _ in range(_LESSONS):
+            masks = [self.masks(self._differing(odd)) for odd in (0, 1)]
+            if not self._shrinker.learns(masks):
+                return
+            self.space.renew()
+
+    def _differing(self, odd: int) -> Point:
+        """Half of what each second group may lose, and a quarter of what the others may."""
+        groups = enumerate(self.space.groups, odd)
+        return self.space.point({g.name: g.max_sparsity / (2 + 2 * (i % 2)) for i, g in groups})
+
+    def _tell_what_stayed(self, point: Point, small: Small) -> None:
+        """Warn, once, of a candidate that costs more than its sparsities say."""
+        wanted, got = self.cost(point, "flops"), self.flops(small)
+        if self._told or wanted is None or got is None or got <= wanted * (1 + _MORE):
+            return
+        coupling, decision = self.space.coupling, small.decision
+        assert coupling is not None and decision is not None and point.gone is not None
+        for path, layer in coupling.graph.layers.items():
+            chosen = layer.labels[point.gone[coupling.roots[layer.labels]]]
+            stays = chosen[decision.kept(chosen)]
+            if len(stays):
+                self._told = True
+                warnings.warn(
+                    f"{path.removesuffix('.weight')!r}: {len(stays)} units that a candidate masks "
+                    f"stay in its small model: it {decision.reason(int(stays[0]))}; that has "
+                    f"{got:.4g} FLOPs, and {wanted:.4g} were meant. Trials have what it has",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return
 
 
 def _wanted(kind: str) -> str:

@@ -99,9 +99,9 @@ class Trials:
                 found[index] = known
         best: tuple[float, int] | None = None
         state = None
-        sizes: dict[int, int] = {}
+        sizes: dict[int, tuple[int, float | None]] = {}
         for index, outcome in self._run(subject, points, found, first, sizes):
-            trial = self._trial(subject, points[index], stage, first + index, outcome, sizes[index])
+            trial = self._trial(points[index], stage, first + index, outcome, sizes[index])
             self.journal.add(str(trial.number), asdict(trial))
             found[index] = trial
             self.seen(trial)
@@ -116,7 +116,12 @@ class Trials:
         return trials, state
 
     def measure(
-        self, model: nn.Module, sparsities: Mapping[str, float], share: float, stage: int
+        self,
+        model: nn.Module,
+        sparsities: Mapping[str, float],
+        share: float,
+        stage: int,
+        flops: float | None,
     ) -> Trial:
         """The trial of a model that is there already, and is not trained for it."""
         number = len(self.done)
@@ -135,7 +140,7 @@ class Trials:
                 metrics=metrics,
                 performance=chosen_metric(metrics, self.metric),
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
-                flops=None,
+                flops=flops,
                 seconds=outcome.seconds,
             )
             self.journal.add(str(number), asdict(trial))
@@ -180,13 +185,14 @@ class Trials:
         points: Sequence[Point],
         known: dict[int, Trial],
         first: int,
-        sizes: dict[int, int],
+        sizes: dict[int, tuple[int, float | None]],
     ) -> Iterator[tuple[int, Outcome]]:
         def maker(index: int) -> Callable[[], nn.Module]:
             def make() -> nn.Module:
-                small = subject.small(points[index])[0]
-                sizes[index] = subject.parameters(points[index], small)
-                return subject.trainable(points[index]) if self.job.trains else small
+                small = subject.small(points[index])
+                parameters = subject.parameters(points[index], small.model)
+                sizes[index] = parameters, subject.flops(small)
+                return subject.trainable(points[index]) if self.job.trains else small.model
 
             return make
 
@@ -196,12 +202,11 @@ class Trials:
 
     def _trial(
         self,
-        subject: Subject,
         point: Point,
         stage: int,
         number: int,
         outcome: Outcome,
-        parameters: int,
+        size: tuple[int, float | None],
     ) -> Trial:
         metrics = self._metrics(outcome, f"{number} ({_shown(point)})")
         reports = list(outcome.reports)
@@ -212,8 +217,8 @@ class Trials:
             share=point.share,
             metrics=metrics,
             performance=reports[-1] if outcome.stopped else chosen_metric(metrics, self.metric),
-            parameters=parameters,
-            flops=subject.cost(point, "flops"),
+            parameters=size[0],
+            flops=size[1],
             seconds=outcome.seconds,
             reports=reports,
             stopped=outcome.stopped,

@@ -48,7 +48,10 @@ class Cut:
 
 
 class Cutter:
-    """Cuts one model under one set of masks (by parameter path), as often as it is undone."""
+    """Cuts one model under one set of masks (by parameter path), as often as it is undone.
+
+    A ``graph`` of the model that is handed in learns what the model's code cannot follow.
+    """
 
     def __init__(
         self,
@@ -56,12 +59,15 @@ class Cutter:
         dummy_input: Any,
         masks: Mapping[str, torch.Tensor],
         options: Options,
+        graph: ChannelGraph | None = None,
     ) -> None:
         self.model = model
         self.dummy_input = dummy_input
         self.options = options
-        within = partial(masked, model, masks)
-        self.graph = ChannelGraph(model, dummy_input, options.exact, within)
+        if graph is None:
+            within = partial(masked, model, masks)
+            graph = ChannelGraph(model, dummy_input, options.exact, within)
+        self.graph = graph
         self.knowledge = Knowledge(self.graph, masks, options.constants)
         self.follower = Follower(self.graph)
 

@@ -301,10 +301,10 @@ def matching_attributes(
     path = node.meta["module"]
     module = graph.modules[path]
     found = _attributes(module, path, changed, decision, node)
-    for name, child in module.named_children() if parts or not found else ():
+    for child in module.children() if parts or not found else ():
         if not type(child).__module__.startswith("torch."):  # theirs are set with their parameters
-            child_path = f"{path}.{name}" if path else name
-            found += _attributes(child, child_path, changed, decision, node)
+            # Under the path that it has in the plan, if others have it, too.
+            found += _attributes(child, graph.module_paths[child], changed, decision, node)
     return found
 
 
