@@ -58,9 +58,10 @@ def _every(
             "once for each argument."
         ),
     ] = None,
-    device: Annotated[_Text, typer.Option(help="Where the model runs. [default: cpu]")] = None,
+    device: Annotated[_Text, typer.Option(help="Where the model runs.", show_default="cpu")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the model's first weights and the input. [default: 0]")
+        int | None,
+        typer.Option(help="Of the model's first weights and the input.", show_default="0"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
@@ -77,7 +78,7 @@ def _some(
     train: Annotated[
         _Text, typer.Option(help="module:function that trains the small model it is given.")
     ] = None,
-    pruner: Annotated[_Text, typer.Option(help="As L1FilterPruner, the default.")] = None,
+    pruner: Annotated[_Text, typer.Option(help="Its class.", show_default="L1FilterPruner")] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Of each layer, in the place of a config_list.")
     ] = None,
