@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,17 +236,33 @@ def test_the_call_of_nni(tmp_path: Path) -> None:
 
 
 def test_a_worse_candidate_is_accepted_as_often_as_the_heat_says() -> None:
-    model = planted()
-    values = iter([1.0] + [0.9, 1.0] * 500)
+    draw, left = random.Random(0), list[int]()
 
-    def evaluate(_: nn.Module) -> float:
-        return next(values)
+    class Noted(SimulatedAnnealingPruner):
+        def _neighbour(self, subject: Any, current: Any, *arguments: Any) -> Any:
+            left.append(current.number)
+            return super()._neighbour(subject, current, *arguments)
 
-    pruner = annealing(model, evaluate, dummy_input=X, cool_down_rate=0.999, stop_temperature=50)
+    pruner = Noted(
+        planted(), HALF, lambda _: draw.choice([1.0, 0.95, 0.9, 0.0]), dummy_input=X,
+        cool_down_rate=0.99, stop_temperature=45, initial_candidates=0, progress=False,
+    )  # fmt: skip
     pruner.compress()
-    # A chain that accepts nothing worse would be compared with the first all the time.
-    shares = {t.sparsities["wide"] for t in pruner.result.trials}  # type: ignore[union-attr]
-    assert len(shares) > 100
+    assert pruner.result is not None
+    trials = pruner.result.trials
+    differences, expected, variance, accepted = [0.0], 0.0, 0.0, 0
+    for step, (number, after) in enumerate(pairwise(left)):
+        worse = trials[number].performance - trials[step + 1].performance
+        differences.append(abs(worse))
+        if worse <= 0:
+            assert after == step + 1
+            continue
+        scale = sum(differences) / len(differences)
+        chance = 100 ** (-worse / (scale * 0.99**step))
+        expected, variance = expected + chance, variance + chance * (1 - chance)
+        accepted += after == step + 1
+    assert expected > 5
+    assert abs(accepted - expected) < 3 * variance**0.5
 
 
 def test_the_same_seed_makes_the_same_search() -> None:

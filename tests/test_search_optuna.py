@@ -66,9 +66,9 @@ def test_any_sampler() -> None:
 def test_a_batch_does_not_depend_on_the_workers() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    here = course(search(batch_size=3, fine_tuner=tune))
-    with pool(2, trains=True) as executor:
-        assert course(search(batch_size=3, fine_tuner=tune, executor=executor)) == here
+    here = course(search(batch_size=3))
+    with pool(2) as executor:
+        assert course(search(batch_size=3, executor=executor)) == here
     torch.set_num_threads(threads)
 
 

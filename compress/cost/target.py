@@ -73,6 +73,8 @@ def parse_target(cost: str, given: Any) -> Target:
 def in_words(cost: str, value: float) -> str:
     """A cost with its unit, for people."""
     if cost == "latency":
+        if value < 0.1:
+            return f"{value:.2g} ms"
         return f"{value:.2f} ms" if value < 1e3 else f"{value / 1e3:.2f} s"
     suffix = {"params": "", "flops": "", "memory": "B"}[cost]
     for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "K")):

@@ -172,16 +172,26 @@ class Journal:
             )
         if header.get("hash") == digest(key):
             return
-        saved = header.get("key", {})
-        names = [n for n in dict.fromkeys([*saved, *key]) if saved.get(n) != key.get(n)]
         shown = "; ".join(
-            f"{name}: {json.dumps(saved.get(name))[:80]}, now {json.dumps(key.get(name))[:80]}"
-            for name in names[:4]
+            f"{name}: {json.dumps(was)[:80]}, now {json.dumps(now)[:80]}"
+            for name, was, now in list(_differences(header.get("key", {}), key))[:4]
         )
         raise StateError(
             f"{self.path.parent if self.path else ''}: experiment_data_dir has the journal of "
             f"another search ({shown}); pass another folder, or remove {NAME} to begin anew"
         )
+
+
+def _differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of what differs; of a dict, what differs in it."""
+    for name in dict.fromkeys([*saved, *now]):
+        one, other = saved.get(name), now.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other)
+        elif one != other:
+            yield name, one, other
 
 
 def _packed(line: Mapping[str, Any]) -> bytes:

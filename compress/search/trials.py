@@ -224,14 +224,20 @@ class Trials:
             stopped=outcome.stopped,
         )
 
-    @staticmethod
-    def _metrics(outcome: Outcome, candidate: str) -> dict[str, float]:
+    def _metrics(self, outcome: Outcome, candidate: str) -> dict[str, float]:
         if outcome.failure is not None:
             raise SearchError(
                 f"candidate {candidate} could not be trained and evaluated; the model is as it "
                 f"was. What was raised:\n{outcome.failure}"
             )
-        return {} if outcome.stopped else read_metrics(outcome.value)
+        if outcome.stopped:
+            return {}
+        try:
+            metrics = read_metrics(outcome.value)
+            chosen_metric(metrics, self.metric)
+        except SearchError as error:
+            raise SearchError(f"candidate {candidate}: {error}") from error
+        return metrics
 
     def _again(self, subject: Subject, point: Point, trial: Trial) -> dict[str, Tensor] | None:
         """The trained state of a candidate that was evaluated before the search was stopped."""
