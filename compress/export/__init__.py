@@ -7,11 +7,13 @@ drawn inputs, of several batch sizes, and held against the model before it is ha
 from compress.export.exported import compiled, to_exported
 from compress.export.int8 import quantize_onnx
 from compress.export.onnx_file import OnnxModel, OnnxReport, to_onnx
+from compress.export.parity import Runtime
 from compress.export.runtimes import RuntimeComparison, compare_runtimes
 
 __all__ = [
     "OnnxModel",
     "OnnxReport",
+    "Runtime",
     "RuntimeComparison",
     "compare_runtimes",
     "compiled",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, cast
@@ -71,7 +72,9 @@ def export_program(
     args, kwargs = as_arguments(example)
     shapes = batch_axes(example) if dynamic_batch else None
     try:
-        with rng_kept(), torch.no_grad():
+        # It warns of torch's own modules, too; what they are worth, the comparison tells.
+        with rng_kept(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.export.export(plain, args, kwargs, dynamic_shapes=shapes, strict=strict)
     except Exception as error:
         advice = "\ndynamic_batch=False exports it for the batch size of dummy_input"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Callable, Sequence
@@ -100,10 +101,10 @@ def to_onnx(
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file as a module: tensors in, the list of the output tensors out, on the CPU.
+    """An ONNX file as a module: called with tensors, returns the output tensor, or a list of them.
 
-    Keyword arguments go by the file's names of inputs, all others in order. It runs on as many
-    threads as torch has when it is made.
+    It computes on the CPU, on as many threads as torch has when it is made. Keyword arguments go by
+    the file's names of inputs, all others in order.
 
     Raises ``ExportError`` where onnxruntime is missing or does not take the file.
     """
@@ -124,10 +125,11 @@ class OnnxModel(nn.Module):
             raise ExportError(f"{path}: onnxruntime does not take this file: {error}") from error
         self.input_names = [each.name for each in self.session.get_inputs()]
 
-    def forward(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | list[torch.Tensor]:
         device = next(tensors_in((args, kwargs)), torch.empty(0)).device
-        outputs = self.session.run(None, self.feeds(args, kwargs))
-        return [torch.from_numpy(np.asarray(each)).to(device) for each in outputs]
+        arrays = self.session.run(None, self.feeds(args, kwargs))
+        outputs = [torch.from_numpy(np.asarray(each)).to(device) for each in arrays]
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def feeds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """What onnxruntime takes for a call: arrays by the file's names of inputs."""
@@ -179,8 +181,10 @@ def _write(model: Any, target: Path, accept: Callable[[Path], None]) -> tuple[Pa
 
     values = model.graph.initializers.values()
     large = sum(each.const_value.nbytes for each in values) > ONE_FILE_BYTES
-    # A file of the same name stays valid until the new one takes its place: other weights' name.
+    # A file of the same name stays valid until the new one takes its place: the weights of each
+    # have a name of their own.
     weights = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data") if large else None
+    before = _weights_of(target)
 
     def write(temporary: Path) -> None:
         onnx_ir.save(model, temporary, external_data=weights.name if weights else None)
@@ -192,4 +196,14 @@ def _write(model: Any, target: Path, accept: Callable[[Path], None]) -> tuple[Pa
         if weights is not None:
             weights.unlink(missing_ok=True)
         raise
+    for old in before:
+        old.unlink(missing_ok=True)
     return (target, weights) if weights else (target,)
+
+
+def _weights_of(target: Path) -> list[Path]:
+    """The files of weights that `_write` made beside a file of this name."""
+    if not target.parent.is_dir():
+        return []
+    made = re.compile(re.escape(target.name) + r"\.[0-9a-f]{8}\.data")
+    return [path for path in target.parent.iterdir() if made.fullmatch(path.name)]

@@ -32,7 +32,7 @@ class RuntimeComparison:
 
     @property
     def table(self) -> Table:
-        """A row for each runtime; what is missing is told below."""
+        """A row for each runtime that was timed."""
         eager = self.latencies["eager"]
         rows = tuple(
             (
@@ -43,12 +43,12 @@ class RuntimeComparison:
             )
             for name, each in self.latencies.items()
         )
-        reasons = [f"{name}: {reason}" for name, reason in self.missing.items()]
         columns = ("", "latency ms (p10–p90)", "times faster", "difference")
-        return Table(columns, rows, "\n".join([eager.conditions, *reasons]))
+        return Table(columns, rows, eager.conditions)
 
     def __str__(self) -> str:
-        return str(self.table)
+        reasons = [f"{name}: {reason}" for name, reason in self.missing.items()]
+        return "\n".join([str(self.table), *reasons])
 
 
 def compare_runtimes(
