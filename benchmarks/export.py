@@ -57,10 +57,10 @@ def main() -> None:
     path = Path(args.out).with_suffix(".json")
     records: dict[str, Record] = json.loads(path.read_text()) if path.is_file() else {}
     for name in args.model:
-        records[name] = measure(name, args.limit)
+        records[name] = measure(name, args.limit) | {"commit": version_of_ours}
         print(name, records[name], flush=True)
         path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    text = markdown(records, version_of_ours)
+    text = markdown(records)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
@@ -175,18 +175,19 @@ def difference(record: Record, kind: str) -> str:
     return f"{found} ({also})"
 
 
-def markdown(records: dict[str, Record], ours: str) -> str:
+def markdown(records: dict[str, Record]) -> str:
     done = {name: each for name, each in records.items() if "error" not in each}
     lines = [
         f"- {kind}: {sum(not isinstance(each[kind], str) for each in done.values())} of "
         f"{len(records)} compute what the masked model does, at batch sizes 2, 1 and 3"
         for kind in ("torch.export", "ONNX")
     ]
+    commits = ", ".join(sorted({each["commit"] for each in records.values()}))
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     note = (
         "`difference`: the largest, of the output's scale. `s`: to export and to compare. `left`: "
         "of the size in memory. Latencies: median of 30 passes, batch 1, one thread, in turn, on a "
-        f"machine with other work.\n\n`benchmarks/export.py`, commit {ours}, {machine()}, "
+        f"machine with other work.\n\n`benchmarks/export.py`, commit {commits}, {machine()}, "
         f"{packages}"
     )
     table = Table(COLUMNS, tuple(row(name, each) for name, each in records.items()), note)

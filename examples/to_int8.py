@@ -1,7 +1,26 @@
 """The whole road to int8: train, prune, shrink, fine-tune, export, quantise.
 
-pip install compress-torch[onnx,demo] torchao
-python examples/to_int8.py
+    pip install compress-torch[onnx,demo] torchao
+    python examples/to_int8.py
+
+The second command prints, among others, in a minute on one core::
+
+    dense         epoch 5/5  loss 0.003  test accuracy 98.33%   20.5 s
+    1,226,442 -> 308,074 parameters (25.1% left), largest difference to the masked model 1.1e-07
+    fine-tuned    epoch 3/3  loss 0.071  test accuracy 97.50%    4.2 s
+    float.onnx: 1.27 MB, opset 20, any batch size
+                               accuracy   size MB   latency ms (p10–p90)
+     ────────────────────────────────────────────────────────────────────
+      dense                      98.33%      4.92      4.18 (1.64–15.04)
+      pruned                     97.50%      1.24      0.67 (0.54–12.98)
+      ONNX                       97.50%      1.27       0.07 (0.06–0.15)
+      ONNX int8, dynamic         97.50%      0.34       0.16 (0.15–0.50)
+      ONNX int8, static          97.50%      0.36       0.12 (0.11–0.39)
+      torchao int8, compiled     97.50%      0.32       0.62 (0.38–9.07)
+    latency: median of 50 passes, batch 1, cpu, 1 thread
+
+A network as small as this one is no faster in int8: the conversions cost what the products save.
+Without torchao its row is left out.
 """
 
 from __future__ import annotations
