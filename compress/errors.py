@@ -42,6 +42,10 @@ class CheckpointError(CompressError, ValueError):
     """A checkpoint cannot be written or read, or does not fit; nothing has been changed."""
 
 
+class ExportError(CompressError, RuntimeError):
+    """A model cannot be exported, or computes something else as exported; no file was written."""
+
+
 class TraceError(CompressError, RuntimeError):
     """The model could not be run and recorded on the dummy input."""
 

@@ -79,7 +79,7 @@ def fit(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, test: DataLoader) -> float:
-    device = next(model.parameters()).device
+    device = next((each.device for each in model.parameters()), None)  # other runtimes have none
     model.eval()
     right = [model(x.to(device)).argmax(1).cpu() == labels for x, labels in test]
     return torch.cat(right).float().mean().item()

@@ -137,6 +137,18 @@ def test_saving_and_loading(run_here, tmp_path):
     assert (tmp_path / "small").is_file()
 
 
+def test_the_road_to_int8(run_here):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    output = run_here("to_int8.py", *SMALL, "--fine-tuning-epochs", "1", "--without-torchao")
+    rows = [line.split("  ") for line in output.splitlines()]
+    table = {row[1]: [cell.strip() for cell in row[2:] if cell] for row in rows if len(row) > 4}
+    sizes = [float(table[name][1]) for name in ("dense", "pruned", "ONNX")]
+    assert sizes == [4.92, 1.24, pytest.approx(1.24, abs=0.1)]
+    for kind in ("dynamic", "static"):
+        assert float(table[f"ONNX int8, {kind}"][1]) < 0.5
+
+
 def test_the_benchmark_measures_in_a_fresh_process():
     done = speedup_time.measure("compress", "residual_2", limit_s=120)
     assert done["wall_s"] > 0

@@ -37,6 +37,17 @@ class Latency:
     threads: int
     samples_ms: tuple[float, ...] = field(repr=False, compare=False)
 
+    def __str__(self) -> str:
+        return f"{self.median_ms:.2f} ({self.p10_ms:.2f}–{self.p90_ms:.2f})"
+
+    @property
+    def conditions(self) -> str:
+        """How it was measured: the line below a table of latencies."""
+        return (
+            f"latency: median of {self.repeats} passes, batch {self.batch}, {self.device}, "
+            f"{self.threads} thread{'s' if self.threads != 1 else ''}"
+        )
+
 
 def latency(model: nn.Module, dummy_input: Any, *, warmup: int = 10, repeats: int = 50) -> Latency:
     """Time ``repeats`` forward passes on ``dummy_input`` after ``warmup`` that are not counted.

@@ -93,21 +93,15 @@ def table(
         (name, *(texts.get(name, "") for texts in extra.values()), *_cells(each, first))
         for name, each in measurements.items()
     )
-    taken = first.latency
-    caption = (
-        f"latency: median of {taken.repeats} passes, batch {taken.batch}, {taken.device}, "
-        f"{taken.threads} thread{'s' if taken.threads != 1 else ''}"
-    )
-    return Table(("", *extra, *measured_columns), rows, caption)
+    return Table(("", *extra, *measured_columns), rows, first.latency.conditions)
 
 
 def _cells(each: Measurement, first: Measurement) -> tuple[str, ...]:
-    time = each.latency
     return (
         _count(each.summary.parameters_total, first.summary.parameters_total),
         _count(each.summary.mult_adds, first.summary.mult_adds),
         f"{each.size_mb:.2f}",
-        f"{time.median_ms:.2f} ({time.p10_ms:.2f}–{time.p90_ms:.2f})",
+        str(each.latency),
     )
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from compress.errors import CompressError, ConfigError
+from compress.export.onnx_file import ONNX_PACKAGES, require_onnx, to_onnx
 from compress.files import write_atomically
 from compress.masks import Masks, masked_state_dict, remove_masks
 
@@ -52,14 +49,15 @@ class MaskedModel(ABC):
         Args:
             model_path: for its ``state_dict()`` with the masks applied, under the plain names.
             mask_path: for the masks, if wanted (safetensors).
-            onnx_path: for an ONNX file of the model in eval mode, if wanted; needs
+            onnx_path: for an ONNX file of the model in eval mode, if wanted, as
+                `compress.export.to_onnx` writes and checks it; needs
                 ``pip install compress-torch[onnx]``.
-            input_shape: shape of the model's input, batch included, for ONNX.
+            input_shape: shape of the model's input, batch included, for ONNX; it takes no other.
             device: where to run the ONNX export; where the model is, by default.
 
         Raises:
             CompressError: nothing is masked yet, or what ONNX needs is missing; nothing is written
-                then.
+                then. The model cannot be exported; there is no ONNX file then.
         """
         masks = self.masks
         if not masks:
@@ -80,12 +78,7 @@ def _check_onnx(input_shape: Sequence[int] | None) -> None:
             "export_model: got onnx_path without input_shape; expected the shape of the model's "
             "input, such as input_shape=(1, 3, 224, 224)"
         )
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CompressError(
-            f"export_model: onnx_path needs {' and '.join(missing)}, not installed here: "
-            "pip install compress-torch[onnx]"
-        )
+    require_onnx("export_model: onnx_path", ONNX_PACKAGES)
 
 
 def _export_onnx(
@@ -94,21 +87,10 @@ def _export_onnx(
     input_shape: Sequence[int],
     device: str | torch.device | None,
 ) -> None:
-    """Export a plain copy of ``model`` in eval mode; ``model`` is not touched."""
-    plain = deepcopy(model)
-    remove_masks(plain)
-    plain.eval()
+    """Write ONNX for one input of this shape; ``model`` is not touched."""
     if device is not None:
-        plain.to(device)
-    first = next(plain.parameters())
-    # Only the shape of the input counts, so that the user's random state can be left alone.
-    sample = torch.zeros(*input_shape, device=first.device, dtype=first.dtype)
-    # torch 2.4 has only the exporter without dynamo. The weights go into the one file.
-    wanted = {"dynamo": True, "external_data": False}
-    known = inspect.signature(torch.onnx.export).parameters
-    options: dict[str, Any] = {key: value for key, value in wanted.items() if key in known}
-
-    def write(temporary: Path) -> None:
-        torch.onnx.export(plain, (sample,), str(temporary), **options)
-
-    write_atomically(path, write)
+        model = deepcopy(model).to(device)
+    first = next(model.parameters())
+    # Drawn by a generator of its own, so that the user's random state can be left alone.
+    sample = torch.randn(*input_shape, generator=torch.Generator().manual_seed(0))
+    to_onnx(model, sample.to(first.device, first.dtype), path, dynamic_batch=False)

@@ -130,9 +130,9 @@ def verify(
     runs: list[tuple[Comparison, Any]] = []
     for one in given:
         runs.append((_compared(small, masked, one, drawn=False), one))
-        for size in batch_sizes or (_batch_size(one),):
+        for size in batch_sizes or (batch_size_of(one),):
             for _ in range(samples):
-                drawn = _drawn(one, size, generator)
+                drawn = drawn_input(one, size, generator)
                 runs.append((_compared(small, masked, drawn, drawn=True), drawn))
     worst, its_input = max(runs, key=lambda run: run[0].relative_error)
     if tolerance is None:
@@ -172,14 +172,14 @@ def _checked(
 # -- inputs --------------------------------------------------------------------------------
 
 
-def _batch_size(one: Any) -> int | None:
+def batch_size_of(one: Any) -> int | None:
     first = next(tensors_in(one), None)
     return None if first is None or first.dim() == 0 else first.shape[0]
 
 
-def _drawn(one: Any, batch_size: int | None, generator: torch.Generator) -> Any:
+def drawn_input(one: Any, batch_size: int | None, generator: torch.Generator) -> Any:
     """Another input of the same kind: floats like the given ones, integers from among them."""
-    before = _batch_size(one)
+    before = batch_size_of(one)
 
     def draw(tensor: torch.Tensor) -> torch.Tensor:
         shape = list(tensor.shape)
@@ -203,7 +203,7 @@ def _drawn(one: Any, batch_size: int | None, generator: torch.Generator) -> Any:
 
 
 def _compared(small: nn.Module, masked: nn.Module, one: Any, drawn: bool) -> Comparison:
-    size = _batch_size(one)
+    size = batch_size_of(one)
     try:
         expected = compute(masked, one)
     except Exception as error:
