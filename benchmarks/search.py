@@ -376,14 +376,19 @@ def search_overhead(args: argparse.Namespace) -> list[dict[str, Any]]:
             F.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
 
+    everything = tuple(torch.cat(parts) for parts in zip(data.train, data.search, strict=True))
     rows = []
     for name in NETWORKS:
-        for kind, given in ((SimulatedAnnealingPruner, {}), (NetAdaptPruner, {"fine_tuner": tune})):
+        for kind, images, given in (
+            (SimulatedAnnealingPruner, data.search, {}),
+            (SimulatedAnnealingPruner, everything, {}),
+            (NetAdaptPruner, data.search, {"fine_tuner": tune, "sparsity_per_iteration": 0.1}),
+        ):
             torch.manual_seed(0)
             model = torchvision.models.get_model(name, num_classes=10)
 
-            def evaluate(model: nn.Module) -> float:
-                return accuracy(model, *data.search)
+            def evaluate(model: nn.Module, images: Any = images) -> float:
+                return accuracy(model, *images)
 
             begin = time.perf_counter()
             pruner = kind(model, _config(0.3), evaluator=evaluate, cost="flops", dummy_input=x,
@@ -394,19 +399,21 @@ def search_overhead(args: argparse.Namespace) -> list[dict[str, Any]]:
             evaluate(model)
             assert pruner.result is not None, "compress() sets it"
             own = time.perf_counter() - begin + sum(t.seconds for t in pruner.result.trials)
-            rows.append({"network": name, "search": kind.__name__, "whole_s": whole,
-                         "user_s": own, "candidates": len(pruner.result.trials)})  # fmt: skip
+            rows.append({"network": name, "search": kind.__name__, "whole_s": whole, "user_s": own,
+                         "candidates": len(pruner.result.trials),
+                         "images": len(images[0])})  # fmt: skip
             print(rows[-1])
     return rows
 
 
 def overhead_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        f"{row['search']} | {row['network']} | {row['candidates']} | {row['whole_s']:.1f} | "
+        f"{row['search']} | {row['network']} | {row['images']} | {row['candidates']} | "
+        f"{row['whole_s']:.1f} | "
         f"{row['whole_s'] - row['user_s']:.1f} | {1 - row['user_s'] / row['whole_s']:.1%}"
         for row in rows
     ]
-    columns = "search | model | candidates | seconds | of its own | share"
+    columns = "search | model | images evaluated | candidates | seconds | of its own | share"
     return ["## What a search costs besides training and evaluating", "", *table(columns, lines)]
 
 
