@@ -68,13 +68,12 @@ class Subject:
         self._tell_what_stayed(point, small)
         return small
 
-    def trainable(self, point: Point) -> nn.Module:
+    def trainable(self, point: Point, small: Small) -> nn.Module:
         """A candidate to be trained: small, where its weights can be put back into the large one.
 
         They cannot where the small model has constants of masked channels in its biases, or has
         masks left; then it is a masked copy of the large one.
         """
-        small = self.small(point)
         masks = self.masks(point)
         filters = self.space.coupling is not None
         plan = small.plan
@@ -86,13 +85,14 @@ class Subject:
 
     def take_over(self, point: Point, state: Mapping[str, Tensor]) -> None:
         """Put the state of a `trainable` candidate, trained, into the model."""
-        candidate = self.trainable(point)
+        small = self.small(point)
+        candidate = self.trainable(point, small)
         candidate.load_state_dict(state)
         if applied_masks(candidate):
             suspend_masks(candidate)
             put_values(self.model, values_of(candidate))
         else:
-            put_back(self.model, self.small(point).plan, candidate.state_dict())
+            put_back(self.model, small.plan, candidate.state_dict())
 
     def parameters(self, point: Point, small: nn.Module) -> int:
         """How many a candidate has; where single weights are masked, those that are not."""

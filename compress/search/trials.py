@@ -192,7 +192,7 @@ class Trials:
                 small = subject.small(points[index])
                 parameters = subject.parameters(points[index], small.model)
                 sizes[index] = parameters, subject.flops(small)
-                return subject.trainable(points[index]) if self.job.trains else small.model
+                return subject.trainable(points[index], small) if self.job.trains else small.model
 
             return make
 
@@ -241,7 +241,8 @@ class Trials:
 
     def _again(self, subject: Subject, point: Point, trial: Trial) -> dict[str, Tensor] | None:
         """The trained state of a candidate that was evaluated before the search was stopped."""
-        return carry_out(self.job, subject.trainable(point), self.seed + trial.number).state
+        candidate = subject.trainable(point, subject.small(point))
+        return carry_out(self.job, candidate, self.seed + trial.number).state
 
 
 def _trial_of(entry: Mapping[str, Any]) -> Trial:
