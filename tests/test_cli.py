@@ -243,8 +243,10 @@ def test_explain(folder):
 
 def test_masks_of_nni_are_read(folder):
     weight = torch.ones(8, 3, 3, 3)
+    weight[2] = 0
     torch.save({"conv1": {"weight": weight, "bias": None}}, "m.pt")
-    run("report", *NETS, "--masks", "m.pt")
+    (layer,) = data("report", *NETS, "--masks", "m.pt")["report"]["layers"]
+    assert (layer["layer"], layer["units"], layer["masked"]) == ("conv1", 8, 1)
 
 
 def test_sensitivity(folder):

@@ -61,3 +61,13 @@ def test_rounds_with_distillation(run: Any, tmp_path: Path) -> None:
     again = run("iterative_distillation.py", *arguments)  # all is done
     assert again[0] == lines[0]
     assert again[3].split()[0] == "dense"
+
+
+@pytest.mark.parametrize("search", ["annealing", "netadapt"])
+def test_a_search_beside_the_same_sparsity_everywhere(
+    run: Any, tmp_path: Path, search: str
+) -> None:
+    lines = run("search_digits.py", "--epochs", "1", "--search", search, "--folder", str(tmp_path))
+    assert any("(taken)" in line for line in lines)
+    assert [line.split()[0] for line in lines[-4:-1]] == ["dense", "searched", "uniform"]
+    assert (tmp_path / "search_result.json").is_file()

@@ -110,7 +110,7 @@ class GlobalPruner(MaskedModel):
         self.table = table if isinstance(table, LatencyTable) else LatencyTable(table)
         options = {"mode": "dependency_aware", "round_to": 1 if round_to is None else round_to}
         options |= {"min_channels": min_channels, **(pruning_params or {})}
-        kind = base_type(base_algo or ("l1" if evaluator is None else "taylorfo"))
+        kind = base_type(base_algo or ("l1" if evaluator is None else "taylorfo"), "base_algo")
         arguments = base_arguments(kind, options, evaluator, dummy_input)
         self.base = kind(model, _layers(config_list), **arguments)
         if not self.base.runs_the_model:

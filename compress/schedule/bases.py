@@ -39,8 +39,8 @@ ALGORITHMS: dict[str, type[Pruner]] = {
 }
 
 
-def base_type(given: str | type[Pruner]) -> type[Pruner]:
-    """A one-shot pruner by its short name, or as it is.
+def base_type(given: str | type[Pruner], argument: str = "pruning_algorithm") -> type[Pruner]:
+    """A one-shot pruner by its short name, or as it is; ``argument`` is whose value it is.
 
     Raises:
         ConfigError: there is none of this name, or it is no pruner.
@@ -52,7 +52,7 @@ def base_type(given: str | type[Pruner]) -> type[Pruner]:
         return given  # type: ignore[return-value]
     hint = closest(given, ALGORITHMS) if isinstance(given, str) else ""
     raise ConfigError(
-        f"pruning_algorithm: got {given!r}; expected one of {', '.join(ALGORITHMS)}, or the class "
+        f"{argument}: got {given!r}; expected one of {', '.join(ALGORITHMS)}, or the class "
         f"of a one-shot pruner{hint}"
     )
 

@@ -137,7 +137,7 @@ class SearchPruner(MaskedModel):
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model: got {type(model).__name__}; expected a torch.nn.Module")
         self.model = model
-        self.kind = base_type(base_algo)
+        self.kind = base_type(base_algo, "base_algo")
         self.evaluator = as_evaluator(evaluator, None, None, None)
         self.optimize_mode, self.metric, self.cost = optimize_mode, metric, cost
         self.dummy_input, self.fine_tuner = dummy_input, fine_tuner

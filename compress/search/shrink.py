@@ -25,11 +25,13 @@ class Small:
 
     Attributes:
         model: nobody else's.
+        masks: of what it is without.
         plan: what was done to it.
         decision: what stayed, and why; None of a masked model.
     """
 
     model: nn.Module
+    masks: Masks
     plan: Plan
     decision: Decision | None
 
@@ -57,7 +59,7 @@ class Shrinker:
         with torch.inference_mode(False):
             cut = self._cut(masks)
             try:
-                return Small(deepcopy(self.model), cut.plan, cut.decision)
+                return Small(deepcopy(self.model), masks, cut.plan, cut.decision)
             finally:
                 cut.undo()
 
@@ -75,7 +77,7 @@ class Shrinker:
         """A copy of the model with its masks written into the weights."""
         copy = deepcopy(self.model)
         masks.make_permanent(copy)
-        return Small(copy, Plan(), None)
+        return Small(copy, masks, Plan(), None)
 
     def _cut(self, masks: Masks) -> Cut:
         flat = by_leaf(self.model, masks)

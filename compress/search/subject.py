@@ -68,25 +68,24 @@ class Subject:
         self._tell_what_stayed(point, small)
         return small
 
-    def trainable(self, point: Point, small: Small) -> nn.Module:
+    def trainable(self, small: Small) -> nn.Module:
         """A candidate to be trained: small, where its weights can be put back into the large one.
 
         They cannot where the small model has constants of masked channels in its biases, or has
         masks left; then it is a masked copy of the large one.
         """
-        masks = self.masks(point)
-        filters = self.space.coupling is not None
-        plan = small.plan
-        if filters and not moves_constants(plan) and not remaining_masks(masks, plan, small.model):
+        plan, filters = small.plan, self.space.coupling is not None
+        left = filters and bool(remaining_masks(small.masks, plan, small.model))
+        if filters and not left and not moves_constants(plan):
             return small.model
         masked = deepcopy(self.model)
-        masks.apply(masked)
+        small.masks.apply(masked)
         return masked
 
     def take_over(self, point: Point, state: Mapping[str, Tensor]) -> None:
         """Put the state of a `trainable` candidate, trained, into the model."""
         small = self.small(point)
-        candidate = self.trainable(point, small)
+        candidate = self.trainable(small)
         candidate.load_state_dict(state)
         if applied_masks(candidate):
             suspend_masks(candidate)
@@ -94,11 +93,11 @@ class Subject:
         else:
             put_back(self.model, small.plan, candidate.state_dict())
 
-    def parameters(self, point: Point, small: nn.Module) -> int:
+    def parameters(self, small: Small) -> int:
         """How many a candidate has; where single weights are masked, those that are not."""
         if self.space.coupling is not None:
-            return sum(parameter.numel() for parameter in small.parameters())
-        masks = self.masks(point).flat().values()
+            return sum(parameter.numel() for parameter in small.model.parameters())
+        masks = small.masks.flat().values()
         masked = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks)
         return self._parameters - masked
 

@@ -190,9 +190,9 @@ class Trials:
         def maker(index: int) -> Callable[[], nn.Module]:
             def make() -> nn.Module:
                 small = subject.small(points[index])
-                parameters = subject.parameters(points[index], small.model)
+                parameters = subject.parameters(small)
                 sizes[index] = parameters, subject.flops(small)
-                return subject.trainable(points[index], small) if self.job.trains else small.model
+                return subject.trainable(small) if self.job.trains else small.model
 
             return make
 
@@ -241,7 +241,7 @@ class Trials:
 
     def _again(self, subject: Subject, point: Point, trial: Trial) -> dict[str, Tensor] | None:
         """The trained state of a candidate that was evaluated before the search was stopped."""
-        candidate = subject.trainable(point, subject.small(point))
+        candidate = subject.trainable(subject.small(point))
         return carry_out(self.job, candidate, self.seed + trial.number).state
 
 
