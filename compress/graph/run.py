@@ -5,6 +5,7 @@ Mode, random state, what the forward sets on its modules, buffers and inputs: al
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -135,6 +136,18 @@ def eager() -> AbstractContextManager[Any]:
     """Compiled parts run as they are written: function modes cannot see into compiled code."""
     stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6
     return nullcontext() if stance is None else stance("force_eager")
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No full garbage collections over all of torch while thousands of objects are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -66,12 +66,11 @@ def along(vector: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
 def per_position(compact: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     """A compact float tensor at each position of one axis: (size,), NaN where it varies."""
     axis %= compact.dim()
+    if compact.numel() == compact.shape[axis]:
+        return compact.reshape(-1).expand(size)
     columns = compact.movedim(axis, 0).reshape(compact.shape[axis], -1)
-    if columns.shape[1] == 1:
-        vector = columns[:, 0]
-    else:
-        same = (columns == columns[:, :1]).all(1)
-        vector = torch.where(same, columns[:, 0], torch.nan)
+    same = (columns == columns[:, :1]).all(1)
+    vector = torch.where(same, columns[:, 0], torch.nan)
     return vector.expand(size) if vector.shape[0] == 1 else vector
 
 

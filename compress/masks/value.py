@@ -91,6 +91,8 @@ class Masks(Mapping[str, Mapping[str, Tensor]]):
         """
         if not isinstance(other, Masks):
             return NotImplemented
+        if not other:
+            return self
         theirs = other.flat()
         problems = [
             f"{name}: shapes {tuple(mask.shape)} and {tuple(theirs[name].shape)} differ"

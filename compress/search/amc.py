@@ -148,13 +148,13 @@ class AMCPruner(SearchPruner):
         stage: int,
     ) -> None:
         """Evaluate where episodes have led, if nothing is known of it, and let the agent know."""
-        ends = {episode.key: episode.point for episode in episodes}
+        ends = {episode.point.key: episode.point for episode in episodes}
         new = {key: point for key, point in ends.items() if key not in found}
         trials = self._evaluate(subject, list(new.values()), stage)
         for (key, point), trial in zip(new.items(), trials, strict=True):
             found[key] = self._reward(trial), trial, point
         for episode in episodes:
-            agent.remember(episode.states, episode.actions, found[episode.key][0])
+            agent.remember(episode.states, episode.actions, found[episode.point.key][0])
 
     def _reward(self, trial: Trial) -> float:
         if self.reward == "acc_reward":

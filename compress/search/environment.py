@@ -33,12 +33,6 @@ class Episode:
     actions: np.ndarray
     point: Point
 
-    @property
-    def key(self) -> bytes:
-        """The same for walks that led to the same small model."""
-        assert self.point.gone is not None, "a pruner of single weights saves no FLOPs"
-        return self.point.gone.tobytes()
-
 
 class Environment:
     """Walks over the groups of a subject, each of which ends within the budget.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compress.errors import SearchError
 from compress.evaluator import Evaluator
+from compress.graph.run import eager, evaluating
 from compress.measure.latency import stopwatch
 from compress.unchanged import random_kept
 
@@ -76,11 +77,20 @@ def carry_out(job: Job, model: nn.Module, seed: int) -> Outcome:
             if stopped:
                 return Outcome(None, None, elapsed(), None, reports, True)
             state = model.state_dict() if job.trains else None
-            return Outcome(job.evaluator.evaluate(model), state, elapsed(), None, reports)
+            return Outcome(_scored(job, model), state, elapsed(), None, reports)
         except Exception:  # of the user's functions, and told with all of its words
             return Outcome(None, None, elapsed(), traceback.format_exc())
         finally:
             torch.set_num_threads(threads)
+
+
+def _scored(job: Job, model: nn.Module) -> Any:
+    """What the evaluator returns; where nobody wants the copy after it, that may change it."""
+    if job.trains:
+        return job.evaluator.evaluate(model)
+    assert job.evaluator.eval_fn is not None, "the search asked for it"
+    with eager(), evaluating(model), torch.no_grad():
+        return job.evaluator.eval_fn(model)
 
 
 def _trained(job: Job, model: nn.Module) -> tuple[tuple[float, ...], bool]:

@@ -21,7 +21,7 @@ from compress.search.base import Found, SearchPruner
 from compress.search.measuring import chosen_metric
 from compress.search.plots import can_plot
 from compress.search.sensitivity import Sensitivity, bearable
-from compress.search.space import Point, Sparsities
+from compress.search.space import Sparsities
 from compress.search.subject import Subject
 from compress.unchanged import values_of
 
@@ -180,7 +180,7 @@ class SensitivityPruner(SearchPruner):
         """Performance without more and more of each group, the others as they are now."""
         space = subject.space
         found: dict[str, dict[float, float]] = {group.name: {} for group in space.groups}
-        known = {_masked(space.point(now), ""): performance}
+        known = {space.point(now).key: performance}
         going = list(space.groups)
         for sparsity in sorted(self.sparsities):
             going = [group for group in going if sparsity <= group.max_sparsity]
@@ -189,7 +189,7 @@ class SensitivityPruner(SearchPruner):
                 for group in going
                 if sparsity > now.get(group.name, 0.0)
             }
-            keys = {name: _masked(point, f"{name} {sparsity}") for name, point in points.items()}
+            keys = {name: point.key for name, point in points.items()}
             new = {keys[name]: point for name, point in points.items() if keys[name] not in known}
             with self._untrained():
                 trials = self._evaluate(subject, list(new.values()), stage)
@@ -320,11 +320,6 @@ class _Call:
         if not (self._places or self._names):
             args.insert(0, model)
         return self._function(*args, **kwargs)
-
-
-def _masked(point: Point, name: str) -> bytes:
-    """What is the same where the same is masked; of single weights, where the name is."""
-    return name.encode() if point.gone is None else point.gone.tobytes()
 
 
 def _named_alike(curves: Mapping[str, Mapping[float, float]], subject: Subject) -> Any:

@@ -52,6 +52,12 @@ class Point:
     share: float
     gone: np.ndarray | None
 
+    @property
+    def key(self) -> bytes:
+        """The same for points that make the same small model."""
+        found = repr(sorted(self.sparsities.items())).encode()
+        return found if self.gone is None else self.gone.tobytes()
+
 
 class SearchSpace:
     """The groups of a model's layers under a one-shot pruner, whose scores are taken once.
@@ -78,6 +84,7 @@ class SearchSpace:
         self.targets: Targets = pruner.targets
         self._atoms: ScoredAtoms | None = None
         self._ranked: dict[str, tuple[np.ndarray, dict[str, int]] | None] = {}
+        self._layers_of: dict[str, list[Any]] = {}  # of the coupling, with their scores
         self._memo: dict[tuple[Any, ...], np.ndarray] = {}
         self._sizes = sizes = _weights(pruner)
         self.weights = sum(sizes.values())
@@ -157,7 +164,8 @@ class SearchSpace:
         sparsity = min(sparsity, group.max_sparsity)
         if group.name not in self._ranked:
             self._ranked[group.name] = coupling.ranked(group.layers)
-        layers = [x for x in coupling.layers if x.name in group.layers]
+            self._layers_of[group.name] = [x for x in coupling.layers if x.name in group.layers]
+        layers = self._layers_of[group.name]
         budgets = {x.name: x.budget(sparsity, coupling.min_channels) for x in layers}
         ranked = self._ranked[group.name]
         if ranked is not None:

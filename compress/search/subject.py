@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compress.cost import CostModel, cost_model
 from compress.errors import ConfigError
+from compress.graph.run import collector_paused
 from compress.masks import Masks, applied_masks, suspend_masks
 from compress.pruners.base import Pruner
 from compress.search.put_back import moves_constants, put_back
@@ -34,6 +35,7 @@ class Subject:
         dummy_input: an input of the model.
     """
 
+    @collector_paused()
     def __init__(
         self,
         model: nn.Module,
@@ -59,6 +61,7 @@ class Subject:
         masks &= self._before
         return masks
 
+    @collector_paused()
     def small(self, point: Point) -> Small:
         """A small copy (of single weights, a masked one), and what was done to it."""
         masks = self.masks(point)
@@ -147,6 +150,7 @@ class Subject:
             )
         return most
 
+    @collector_paused()
     def scaled(
         self, profile: Sparsities, target: float, kind: str, least: Sparsities | None = None
     ) -> Point:

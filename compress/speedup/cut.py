@@ -70,6 +70,7 @@ class Cutter:
         self.graph = graph
         self.knowledge = Knowledge(self.graph, masks, options.constants)
         self.follower = Follower(self.graph)
+        self._on_meta = any(tensor.is_meta for _, tensor, _ in leaves_of(model))
 
     def renew(self, masks: Mapping[str, torch.Tensor]) -> None:
         """Look at the values and the masks anew. Errors: `SpeedupError` for other parameters."""
@@ -80,6 +81,7 @@ class Cutter:
                     f"{path} is another tensor than when the plan was made; make a new ModelSpeedup"
                 )
         self.knowledge = Knowledge(self.graph, masks, self.options.constants)
+        self._on_meta = any(tensor.is_meta for tensor in now.values())
 
     def cut(self, always_replay: bool) -> Cut:
         """Cut the model; with ``always_replay`` hold every call of a run against the plan."""
@@ -96,7 +98,7 @@ class Cutter:
             self.follower.guess(decision)
             attributes = self.follower.attributes(decision)
             builder.add_attributes(attributes)
-            if any(tensor.is_meta for _, tensor, _ in leaves_of(self.model)):
+            if self._on_meta:
                 builder.plan.notes, builder.plan.on_meta = (_UNKNOWN,), True
             undo = apply_plan(self.model, builder.plan, self.knowledge.masks)
             try:

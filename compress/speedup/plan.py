@@ -180,6 +180,7 @@ class PlanBuilder:
         self.counts = False  # whether the code must be seen to count a number anew
         self._attributes: dict[tuple[str, str], Attribute] = {}
         self._shared: dict[bytes, np.ndarray] = {}
+        self._of_labels: dict[int, np.ndarray | None] = {}
         for path, node in self.graph.trace.leaves.items():
             self._slice(path, node)
         if self.plan.slices:
@@ -199,13 +200,18 @@ class PlanBuilder:
 
     def _slice(self, path: str, node: fx.Node) -> None:
         keep = [
-            None if labels is None else self._positions(self.kept(labels))
-            for labels in self.graph.axes[node]
+            None if labels is None else self._of_axis(labels) for labels in self.graph.axes[node]
         ]
         crossing = self.graph.space.fields.get(path)
         gather = None if crossing is None else self._gather(crossing, keep)
         if gather is not None or any(k is not None for k in keep):
             self.plan.slices[path] = Slice(tuple(keep), gather)
+
+    def _of_axis(self, labels: Labels) -> np.ndarray | None:
+        """The kept positions; the parameters along a layer's channels share their labels."""
+        if id(labels) not in self._of_labels:
+            self._of_labels[id(labels)] = self._positions(self.kept(labels))
+        return self._of_labels[id(labels)]
 
     def _positions(self, kept: np.ndarray) -> np.ndarray | None:
         """The kept positions (None: all); coupled axes share one array."""

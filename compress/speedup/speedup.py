@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from compress.errors import SpeedupError
 from compress.graph.explain import Explanation
+from compress.graph.run import collector_paused
 from compress.graph.walk import leaves_of, wrapped_in
 from compress.masks import Masks, suspend_masks
 from compress.progress import progress_bar
@@ -161,7 +160,7 @@ class ModelSpeedup:
         try:
             # The new parameters must be ordinary tensors, wherever the caller is.
             with (
-                _collector_paused(),
+                collector_paused(),
                 torch.inference_mode(False),
                 progress_bar("speeding up", 3, self.progress) as advance,
             ):
@@ -177,7 +176,7 @@ class ModelSpeedup:
         """Cut, write the report, and undo everything."""
         suspended = suspend_masks(self.model)
         try:
-            with _collector_paused(), torch.inference_mode(False):
+            with collector_paused(), torch.inference_mode(False):
                 flat = by_leaf(self.model, self._all_masks(suspended.masks))
                 before = self._shapes()
                 cutter = Cutter(self.model, self.dummy_input, flat, self.options)
@@ -261,18 +260,6 @@ class ModelSpeedup:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {path: tuple(t.shape) for path, t, _ in leaves_of(self.model)}
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No full garbage collections over all of torch while thousands of nodes are made."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _check_model(model: Any) -> None:
