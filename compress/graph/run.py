@@ -181,12 +181,21 @@ def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 def run_recorded(model: nn.Module, dummy_input: Any, training: bool, recorder: Recorder) -> None:
     """Run the model once (and again in train mode) into ``recorder``; its errors pass through."""
     stand_ins, on_meta = {}, recorder.on_meta
+
+    def with_values(tensor: torch.Tensor) -> torch.Tensor:
+        found = _to_meta(tensor)
+        recorder.values.give(found, tensor)
+        return found
+
     for path, tensor, kind in leaves_of(model):
-        stand_ins[path] = _to_meta(tensor) if on_meta else tensor
+        stand_ins[path] = tensor
+        if on_meta:
+            numbers = kind == "buffer" and not tensor.dtype.is_floating_point  # positions, say
+            stand_ins[path] = with_values(tensor) if numbers else _to_meta(tensor)
         recorder.announce(path, stand_ins[path], tensor, kind)
     for path, tensor in _plain_tensors(model):
         recorder.announce(path, tensor, tensor, "constant")
-    args, kwargs = as_arguments(dummy_input, _to_meta if on_meta else torch.clone)
+    args, kwargs = as_arguments(dummy_input, with_values if on_meta else torch.clone)
     for index, tensor in enumerate(tensors_in((args, kwargs))):
         recorder.placeholder(index, tensor)
     kept = state_kept(model, values=not on_meta)

@@ -3,7 +3,8 @@
 The model runs once under a ``TorchFunctionMode``; every torch function that returns a tensor
 becomes a node. There are no leaf modules: parameters and buffers are ``get_attr`` nodes, so a
 module, a bare functional call and a tied weight look the same. The run happens on the meta device
-where it can (no arithmetic, no memory) and on the real tensors where the model looks at its data.
+where it can (no arithmetic, no memory) and on the real tensors where the model looks at what its
+parameters make.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from compress.graph.meta import quick_result
+from compress.graph.values import InputValues
 
 if TYPE_CHECKING:
     from compress.graph.jumps import Jump, Jumps, Settled
@@ -131,14 +133,15 @@ class Trace:
 class Recorder(TorchFunctionMode):
     """Turn the torch functions of a run into the nodes of an fx graph.
 
-    With ``on_meta`` new tensors are made on the meta device. ``jumps`` is what keeps the jumps of a
-    run on real tensors, or settles them.
+    With ``on_meta`` new tensors are made on the meta device, and ``values`` are those that the
+    inputs decide. ``jumps`` is what keeps the jumps of a run on real tensors, or settles them.
     """
 
     def __init__(self, on_meta: bool, jumps: Jumps | Settled | None = None) -> None:
         super().__init__()
         self.on_meta = on_meta
         self.jumps = jumps
+        self.values = InputValues()
         self.graph = fx.Graph()
         self.leaves: dict[str, fx.Node] = {}
         self.outputs: list[fx.Node] = []
@@ -188,20 +191,27 @@ class Recorder(TorchFunctionMode):
         version = None if target is None else _version(target)
         # The arguments become nodes before the call: in place, it changes what they stand for.
         node_args = (self._as_nodes(args), self._as_nodes(kwargs))
-        result = quick_result(name, func, args, kwargs) if self.on_meta else None
+        decided = self.on_meta and self.values.decide(func, args, kwargs)
+        quick = self.on_meta and not decided
+        result = quick_result(name, func, args, kwargs) if quick else None
         if result is None:
-            result = self._run(func, types, args, kwargs)
+            result = self._run(func, types, args, kwargs, decided)
         elif result is target:
             version = -1  # written
         if name == "set_data" or (target is not None and _writes_uncounted(func, target, kwargs)):
             version = -1
+        if target is not None and not decided and _version(target) != version:
+            for each in self._sharing.get(_memory(target), ()):
+                self.values.forget(each)
         self._note(name, func, node_args, target, version, result)
         return result
 
-    def _run(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _run(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any], decided: bool) -> Any:
         """The call itself. Other modes would see every look at a tensor that we take, too."""
         if self.on_meta and func in _device_constructors() and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
+        if decided:
+            return self.values.run(func, args, kwargs)
         if self.jumps is not None:
             return self.jumps.__torch_function__(func, types, args, kwargs)
         return func(*args, **kwargs)
