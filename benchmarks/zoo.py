@@ -350,6 +350,8 @@ class Run:
         except Exception as error:
             return {"failed": line_of(error)}
         found: Record = {"s": cost["cpu_s"], "peak_mb": cost["peak_mb"]}
+        if count(model) == self.record["parameters"]:
+            return found | {"failed": "prunes nothing"}
         try:
             evaluate(model, self.other)
         except Exception as error:
@@ -681,7 +683,7 @@ def keep(records: Record, groups: Mapping[str, str], path: Path) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these models")
-    parser.add_argument("--group", choices=("torchvision", "timm", "transformers"))
+    parser.add_argument("--group", choices=tuple(dict.fromkeys(zoo().groups.values())))
     parser.add_argument("--json", type=Path, default=RESULTS / "zoo.json", help="raw results")
     parser.add_argument("--limit", type=float, default=120, help="seconds for one model")
     parser.add_argument("--memory", type=float, default=9000, help="MB for one model")

@@ -411,6 +411,24 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], Inputs, str]] = {
                 "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}, spoken, "",
     ),
 }  # fmt: skip
+# As their authors published them: the above have two layers, so that a zoo is done in minutes.
+FULL_SIZE: dict[str, tuple[str, str, dict[str, Any], Inputs, str]] = {
+    "bert_base": ("BertForSequenceClassification", "BertConfig", {}, tokens, ""),
+    "roberta_base": ("RobertaForMaskedLM", "RobertaConfig", {}, tokens, ""),
+    "distilbert_base": (
+        "DistilBertForSequenceClassification", "DistilBertConfig", {}, tokens, "",
+    ),
+    "opt_125m": (
+        "OPTForCausalLM", "OPTConfig",
+        {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072,
+         "word_embed_proj_dim": 768, "use_cache": False}, tokens, "",
+    ),
+    "vit_base": ("ViTForImageClassification", "ViTConfig", {}, seen(224), ""),
+    "wav2vec2_base": (
+        "Wav2Vec2ForCTC", "Wav2Vec2Config", {},
+        lambda batch: {"input_values": torch.randn(batch, 8000)}, "",
+    ),
+}  # fmt: skip
 # The same models with the attention written out in the model's own code.
 EAGER = ("bert", "gpt2", "llama", "t5", "vit", "whisper")
 
@@ -419,7 +437,7 @@ def transformers_model(name: str, attention: str | None = None) -> Entry:
     import transformers
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    model, config, options, inputs, heads = TRANSFORMERS[name]
+    model, config, options, inputs, heads = (TRANSFORMERS | FULL_SIZE)[name]
     made = getattr(transformers, config)(**options)
     if attention is not None:
         made._attn_implementation = attention
@@ -442,4 +460,6 @@ def zoo() -> Zoo:
         found.add("transformers", f"hf/{name}", partial(transformers_model, name))
     for name in EAGER:
         found.add("transformers", f"hf/{name}_eager", partial(transformers_model, name, "eager"))
+    for name in FULL_SIZE:
+        found.add("transformers of full size", f"hf/{name}", partial(transformers_model, name))
     return found
