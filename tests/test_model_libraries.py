@@ -60,3 +60,19 @@ def test_a_model_of_a_library_is_exact_shrinks_and_trains(name, capsys):
         assert found["blind"] is None
         assert found["trains"] is True
         assert found["left"] <= bound
+
+
+def test_why_a_conv1d_of_gpt2_stays_is_said():
+    """Its weight is (in, out): what it is coupled with is told by its outputs."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8, use_cache=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.arange(3, 9)[None]
+    pruner = L1FilterPruner(
+        model, [{"sparsity": 0.5, "op_names": ["transformer.h.0.mlp.c_proj"]}],
+        mode="dependency_aware", dummy_input={"input_ids": ids},
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"c_proj.*coupled with 'transformer.wte'"):
+        pruner.calc_masks()

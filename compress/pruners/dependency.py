@@ -194,10 +194,10 @@ def _layer(
     )
 
 
-def _units(graph: ChannelGraph, name: str, units: int) -> np.ndarray:
+def _units(graph: ChannelGraph, name: str, units: int | None = None) -> np.ndarray:
     """The labels of a layer's output units, or of a norm's channels.
 
-    Zeros where the run did not use it as such.
+    Zeros where the run did not use it as such, or with another number of ``units``.
     """
     path = _weight_path(name)
     found = graph.layers.get(path)
@@ -207,7 +207,9 @@ def _units(graph: ChannelGraph, name: str, units: int) -> np.ndarray:
         leaf = graph.trace.leaves.get(path)
         axes: Axes = () if leaf is None else graph.axes[leaf]
         labels = axes[0] if len(axes) == 1 else None
-    return np.zeros(units, np.int64) if labels is None or len(labels) != units else labels
+    if labels is None or units not in (None, len(labels)):
+        return np.zeros(len(_weight(graph, name)) if units is None else units, np.int64)
+    return labels
 
 
 def _weight_path(name: str) -> str:
@@ -287,7 +289,7 @@ def _unremovable(graph: ChannelGraph, root: np.ndarray, targets: Targets) -> np.
     of_norms = np.zeros(len(root), bool)
     norms = [t.name for t in targets if _weight_path(t.name) not in graph.layers]
     for name in norms:
-        of_norms[root[_units(graph, name, len(_weight(graph, name)))]] = True
+        of_norms[root[_units(graph, name)]] = True
     for path, layer in graph.layers.items():
         if path not in names and not layer.follows:
             fixed[root[layer.labels][~of_norms[root[layer.labels]]]] = True
@@ -295,7 +297,7 @@ def _unremovable(graph: ChannelGraph, root: np.ndarray, targets: Targets) -> np.
     for name, module in graph.model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, kinds) else None
         if weight is not None and _weight_path(name) not in names:
-            fixed[root[_units(graph, name, len(weight))]] = True
+            fixed[root[_units(graph, name)]] = True
     return fixed
 
 
@@ -369,7 +371,7 @@ def _weights_by_share(
 
 
 def _why_untouched(graph: ChannelGraph, name: str, targets: set[str]) -> str:
-    labels = _units(graph, name, len(_weight(graph, name)))
+    labels = _units(graph, name)
     pinned = labels[graph.root[labels] == graph.root[0]]
     if shared := _shared_with(graph, name):
         return f"shares its weight with {shared!r}, which decides about both"
