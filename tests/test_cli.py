@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from compress.cli.commands import app
 from compress.cli.job import parse_job
 from compress.cli.pruner_names import PRUNERS, parameters_of
 from compress.errors import CompressError, ConfigError
+from compress.export import OnnxModel
 
 ROOT = Path(__file__).parents[1]
 MODULE = """
@@ -66,6 +68,30 @@ def warned():
 
 def broken():
     raise KeyError("size")
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(50, 8), nn.Linear(8, 2)
+
+    def forward(self, ids, labels=None):
+        found = self.out(self.words(ids)).mean(1)
+        return found if labels is None else nn.functional.cross_entropy(found, labels)
+
+
+class MaskedWords(Words):
+    def forward(self, ids, labels=None, attention_mask=None):
+        return super().forward(ids, labels)
+
+
+def masked_words():
+    return MaskedWords()
+
+
+def words_evaluator():
+    batches = [{"ids": torch.arange(12).view(2, 6), "labels": torch.tensor([0, 1])}] * 3
+    return Evaluator(batches, loss=lambda model, batch: model(**batch))
 
 
 def evaluator():
@@ -257,6 +283,62 @@ def test_sensitivity(folder):
     assert Path("curves.csv").read_text().startswith("layername,0.25,0.5")
     assert "eval_fn" in told("sensitivity", *NETS)
     assert "expected numbers" in told("sensitivity", job, "--sparsities", "a")
+
+
+def export(target, *arguments):
+    """What `compress export` says, without torch.compile, which takes seconds."""
+    return data("export", "--to", target, "--repeats", 2, "--warmup", 0, *arguments)
+
+
+def test_export_of_the_small_model(folder):
+    run("prune", *NETS, "--sparsity", 0.5, "--exclude", "fc", "--small", "small.safetensors")
+    small = compress.load(_net, "small.safetensors").eval()
+    x = torch.rand(3, 3, 8, 8)
+    some = (*NETS, "--small", "small.safetensors", "--runtimes", "onnxruntime")
+    found = export("small.onnx", *some)  # the file itself is timed, and no other
+    assert found["format"] == "ONNX" and found["wrote"] == ["small.onnx"]
+    assert found["relative_error"] < 1e-5 and found["megabytes"] > 0 and not found["missing"]
+    assert found["runtimes"]["onnxruntime"]["latency_ms"]["median"] > 0
+    torch.testing.assert_close(OnnxModel("small.onnx")(x), small(x))
+    found = export("small.pt2", *NETS, "--small", "small.safetensors", "--runtimes", "")
+    assert list(found["runtimes"]) == ["eager", found["format"]] == ["eager", "torch.export"]
+    torch.testing.assert_close(torch.export.load("small.pt2").module()(x), small(x))
+
+
+def test_export_of_int8_calibrates_where_there_is_data(folder):
+    quiet = ("--int8", "--runtimes", "")
+    found = export("static.onnx", *NETS, *quiet, "--evaluator", "cli_nets:evaluator")
+    assert "static, 1 calibration" in found["format"]
+    assert found["runtimes"]["int8 onnxruntime"]["relative_error"] > 0
+    assert "dynamic" in export("dynamic.onnx", *NETS, *quiet)["format"]
+    ids = ("--model", "cli_nets:Words", "--input", "ids=2,6:int64:50")
+    hook = ("--evaluator", "cli_nets:words_evaluator", "--calibration", 2)
+    found = export("words.onnx", *ids, *quiet, *hook)  # the labels are no input of the file
+    assert "static, 2 calibration" in found["format"]
+    assert "attention_mask" in told(
+        "export", "--to", "x.onnx", "--model", "cli_nets:masked_words", "--int8", *hook,
+        *ids[2:], "--input", "attention_mask=2,6:int64",
+    )  # fmt: skip
+
+
+def test_export_errors(folder, monkeypatch):
+    for arguments, words in (
+        (("--to", "x.txt"), "expected a file .onnx, or .pt2"),
+        (("--to", "x.pt2", "--int8"), "--int8: it is for ONNX"),
+        (("--to", "no/x.onnx"), "there is no folder no"),
+        (("--to", "x.pt2", "--runtimes", "tvm"), "--runtimes: got tvm; expected some of"),
+        (("--to", "x.pt2", "--masks", "m.safetensors"), "No such option"),
+    ):
+        code = 2 if words == "No such option" else 1
+        assert words in run("export", *NETS, *arguments, code=code).stderr
+    job = write(folder / "job.json", masks="m.safetensors")
+    assert "run compress speedup first" in told("export", job, "--to", "x.pt2")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else find(n)
+    )
+    assert "pip install compress-torch[onnx]" in told("export", *NETS, "--to", "x.onnx")
+    assert not list(folder.glob("x.*"))
 
 
 # -- errors ------------------------------------------------------------------------------------
