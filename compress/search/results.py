@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.charts import Curves, save
+from compress.charts.figure import can_draw
 from compress.errors import StateError
 from compress.files import write_atomically
 from compress.measure.table import Table
-from compress.search.plots import can_plot, plot_search
+from compress.search.plots import search_chart
 from compress.search.trials import Trial
 
 
@@ -86,9 +88,14 @@ class SearchResult:
             cost: "params" or "flops".
 
         Raises:
-            SearchError: matplotlib is not installed, or there is no such cost or kind of file.
+            ChartError: matplotlib is not installed, or there is no such kind of file.
+            SearchError: there is no such cost.
         """
-        plot_search(self, path, cost)
+        save(self.chart(cost), path)
+
+    def chart(self, cost: str = "params") -> Curves:
+        """What `plot` draws, as data for `compress.charts`."""
+        return search_chart(self, cost)
 
     def __str__(self) -> str:
         return str(self.table())
@@ -117,7 +124,7 @@ def write_results(result: SearchResult, folder: str | os.PathLike[str] | None) -
     try:
         write_atomically(path / "search_history.csv", lambda p: _write_history(result, p))
         write_atomically(path / "search_result.json", lambda p: p.write_text(text + "\n"))
-        if can_plot():
+        if can_draw():
             result.plot(path / "search.png")
     except OSError as error:
         raise StateError(
