@@ -15,10 +15,10 @@ from markupsafe import Markup
 from compress.charts.chart import Bars, Curves, Picture, Series, finite, number, ticks
 
 _WIDTH, _HEIGHT = 520, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 28, 12, 46
 _ROW, _HEADING = 20, 26
-_NAMES, _TEXTS = 168, 96  # what a bar has at its left and right
-_LETTERS = 25
+_NAMES, _TEXTS = 186, 96  # what a bar has at its left and right
+_LETTERS = 23
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _rows(chart: Bars) -> dict[str, object]:
         for segment, length in zip(chart.segments, row.lengths, strict=True):
             parts.append((round(left, 1), round(length * scale, 1), segment))
             left += length * scale
-        short = row.name if len(row.name) <= _LETTERS else f"…{row.name[-_LETTERS + 1:]}"
+        short = row.name if len(row.name) <= _LETTERS else f"…{row.name[1 - _LETTERS :]}"
         rows.append((top, short, row, parts, round(left + 6, 1)))
         top += _ROW
     return {"rows": rows, "headings": headings, "size": (_WIDTH, top + 4), "names": _NAMES - 8}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from compress.cli.loading import (
     resolve,
     user_code,
 )
+from compress.cli.reporting import check_pages, page, told
 from compress.cli.running import Answer, grid, registrar, unwrapped
 from compress.errors import ConfigError
 from compress.export import RuntimeComparison, compare_runtimes
@@ -426,34 +428,37 @@ def _runtimes(timed: RuntimeComparison) -> dict[str, Any]:
     }
 
 
-@command("masks", "small")
-def report(job: Job) -> Answer:
+@command("masks", "small", "evaluator")
+def report(
+    job: Job,
+    html: Annotated[Path | None, typer.Option(help="Write a page: one .html file.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write a .md file, and its pictures beside it.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="For the page: what compress sensitivity wrote.")
+    ] = None,
+    search: Annotated[
+        Path | None, typer.Option(help="For the page: a search's experiment_data_dir.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="For the page: passes that are timed.")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="Passes before, not counted.")] = 10,
+) -> Answer:
     """Show what a speedup would remove under the masks and why the rest stays; change nothing.
 
-    Without --masks, what the file of the small model says of itself: what was cut, and how.
+    Without --masks, what the file of the small model says of itself: what was cut, and how. A page
+    has all of it with pictures: the models measured side by side, each layer, the channel graph.
 
-    Example: [bold]compress report prune.yaml --masks masks.safetensors[/bold]
+    Example: [bold]compress report prune.yaml --masks masks.safetensors --html page.html[/bold]
     """
-    masks = read_masks(job)
-    if masks is not None:
-        planned = ModelSpeedup(
-            build_model(job), make_input(job), masks, **job.speedup.model_dump()
-        ).report
-        return Answer({"report": asdict(planned)}, (str(planned),))
-    if job.small is None:
-        raise ConfigError("nothing to report: pass --masks FILE or --small FILE")
-    recipe = compress.checkpoint.read_recipe(job.small)
-    cuts = [
-        {"parameter": path, "before": plan.shapes[path], "after": cut.shape(plan.shapes[path])}
-        for plan in recipe.decoded_plans()
-        for path, cut in plan.slices.items()
-    ]
-    data = {
-        "model": recipe.model,
-        "cuts": cuts,
-        "provenance": recipe.provenance,
-        "versions": recipe.versions,
-    }
-    rows: list[tuple[object, ...]] = [tuple(cut.values()) for cut in cuts]
-    lines = [f"{name}: {value}" for name, value in {**recipe.provenance, **recipe.versions}.items()]
-    return Answer(data, (grid(("parameter", "shape", "new shape"), rows), *lines))
+    pages = [path for path in (html, markdown) if path is not None]
+    check_pages(html, markdown)
+    _check_folders(*map(str, pages))
+    if not pages and (sensitivity or search):
+        raise ConfigError("--sensitivity and --search are for a page; pass --html or --markdown")
+    answer = told(job)
+    if not pages:
+        return answer
+    made = page(job, partial(_scores, job), sensitivity, search, warmup, repeats)
+    wrote = tuple(str(file) for path in pages for file in made.write(path))
+    return replace(answer, wrote=wrote)

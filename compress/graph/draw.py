@@ -50,7 +50,8 @@ def layer_graph(graph: ChannelGraph) -> nx.DiGraph:
     """Layers, and the calls where several meet, as a ``networkx.DiGraph`` of fx nodes.
 
     Each has a ``label``, a ``colour`` (of its coupled group), ``held`` (the reason, or ""),
-    ``box`` (whether it is a layer) and ``layer`` (its name, or ""). Norms, activations and reshapes are left out.
+    ``box`` (whether it is a layer) and ``layer`` (its name, or ""). Norms, activations and reshapes
+    are left out.
     """
     result = nx.DiGraph()
     makes = {step.call.node: step.rule.makes(step.call) for step in graph.steps}

@@ -170,9 +170,7 @@ def _synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _latency(
-    samples_ms: list[float], model: nn.Module, dummy_input: Any, warmup: int
-) -> Latency:
+def _latency(samples_ms: list[float], model: nn.Module, dummy_input: Any, warmup: int) -> Latency:
     p10, median, p90 = np.percentile(samples_ms, [10, 50, 90])
     batched = [tensor for tensor in tensors_in(dummy_input) if tensor.ndim]
     device = _device_of(model, dummy_input)

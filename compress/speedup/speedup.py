@@ -60,8 +60,9 @@ class ModelSpeedup:
         progress: False is no progress bar; there is none where stderr is no terminal.
 
     ``plan`` (what is done to which parameter), ``report`` (what goes, what stays and why) and
-    ``graph`` may be asked before ``speedup_model``, which then carries that plan out; until then the model is as it
-    was, and may be on the meta device. ``masks`` are those of what is left, to go on training with.
+    ``graph`` may be asked before ``speedup_model``, which then carries that plan out; until then
+    the model is as it was, and may be on the meta device. ``masks`` are those of what is left, to
+    go on training with.
 
     Errors: ``MaskError`` for masks that do not fit the model, ``TraceError`` where the model does
     not run on ``dummy_input``, ``VerificationError`` where the small model would differ,
