@@ -22,6 +22,7 @@ from compress.cli.job import parse_job
 from compress.cli.pruner_names import PRUNERS, parameters_of
 from compress.errors import CompressError, ConfigError
 from compress.export import OnnxModel
+from compress.search import Sensitivity
 
 ROOT = Path(__file__).parents[1]
 MODULE = """
@@ -341,6 +342,31 @@ def test_export_errors(folder, monkeypatch):
     assert not list(folder.glob("x.*"))
 
 
+def test_report_as_a_page(folder):
+    run("prune", *NETS, "--sparsity", 0.5, "--exclude", "fc", "--masks", "m.safetensors",
+        "--small", "s.safetensors")  # fmt: skip
+    curves = Sensitivity({"conv1": {0.5: 0.125}}, 0.5)
+    curves.export("curves.json")
+    quick = ("--repeats", 2, "--warmup", 0)
+    found = data("report", *NETS, "--masks", "m.safetensors", "--evaluator", "cli_nets:evaluator",
+                 "--sensitivity", "curves.json", "--html", "page.html", *quick)  # fmt: skip
+    assert found["wrote"] == ["page.html"] and found["report"]["planned"]
+    text = Path("page.html").read_text()
+    for words in ("cli_nets:net", ">masked<", ">small<", ">score<", ">conv2<", "the same, up to",
+                  "What a layer alone bears", "0.125", "Channel graph"):  # fmt: skip
+        assert words in text, words
+    found = data("report", *NETS, "--small", "s.safetensors", "--markdown", "page.md", *quick)
+    assert found["wrote"][0] == "page.md" and found["cuts"]
+    text = Path("page.md").read_text()
+    assert "## What was cut" in text and "| conv1.weight | (8, 3, 3, 3) | (4, 3, 3, 3) |" in text
+    assert "for a page; pass --html" in told(
+        "report", *NETS, "--masks", "m.safetensors", "--search", "."
+    )
+    assert "no search can be read" in told(
+        "report", *NETS, "--masks", "m.safetensors", "--search", ".", "--html", "x.html"
+    )
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 
@@ -362,6 +388,7 @@ def test_export_errors(folder, monkeypatch):
         (("prune", *NETS, "--exclude", "fc"), "--exclude goes with --sparsity"),
         (("bench", "--small", "s"), "model: it is missing"),
         (("report", *NETS), "nothing to report"),
+        (("report", *NETS, "--html", "page.txt"), "--html: got page.txt; expected a file .html"),
         (("report", *NETS, "--masks", "none.safetensors"), "no such file"),
     ],
 )
@@ -376,6 +403,7 @@ def test_a_folder_that_is_not_there_is_told_before_the_work(folder):
         ("prune", job, "--masks", "no/m.safetensors"),
         ("speedup", job, "--small", "no/s.safetensors"),
         ("sensitivity", job, "--output", "no/c.csv"),
+        ("report", job, "--html", "no/page.html"),
     ):
         assert "there is no folder no" in told(*arguments)
     assert "expected a file .csv" in told("sensitivity", job, "--output", "c.txt")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from search_jobs import CONFIG, evaluate, network
 
-from compress.errors import ChartError, SearchError
+from compress.errors import ChartError, SearchError, StateError
 from compress.progress import progress_bar
 from compress.search import SearchResult, SimulatedAnnealingPruner, Trial
 
@@ -94,6 +94,16 @@ def test_a_search_knows_its_dense_and_its_uniform_model(tmp_path: Path) -> None:
     assert found.uniform == 0
     assert len(set(found.trials[0].sparsities.values())) == 1
     assert (tmp_path / "search.png").stat().st_size > 3000
+
+
+def test_a_result_is_read_again(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    assert SearchResult.read(tmp_path) == found
+    (tmp_path / "search_history.csv").write_text("number\n0\n")
+    with pytest.raises(StateError, match="no search can be read: KeyError"):
+        SearchResult.read(tmp_path)
+    with pytest.raises(StateError, match="expected a search's experiment_data_dir"):
+        SearchResult.read(tmp_path / "none")
 
 
 # -- how far it is -------------------------------------------------------------------------

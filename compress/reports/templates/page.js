@@ -21,7 +21,7 @@ for (const graph of document.querySelectorAll(".graph")) {
   function zoom(to, x = view.clientWidth / 2, y = view.clientHeight / 2) {
     const before = map.getBoundingClientRect(), frame = view.getBoundingClientRect();
     const across = (x + frame.left - before.left) / scale, down = (y + frame.top - before.top) / scale;
-    scale = Math.min(Math.max(to, Math.min(whole(), .1)), 4);
+    scale = Math.min(Math.max(to, Math.min(whole(), .1)), 8);
     map.setAttribute("width", width * scale);
     map.setAttribute("height", height * scale);
     const after = map.getBoundingClientRect();
