@@ -20,6 +20,7 @@ from compress import ChannelGraph, Masks, ModelSpeedup
 from compress.errors import ReportError
 from compress.measure import Table, compare
 from compress.reports import PruningReport
+from compress.reports.sections import Tile
 from compress.search import Sensitivity
 from compress.training.fine_tuning import Epoch
 
@@ -193,6 +194,10 @@ def test_tiles_compare_the_last_model_with_the_first(everything: PruningReport) 
     assert tiles["parameters left"].value == f"{sizes[1] / sizes[0]:.0%}"
     assert tiles["largest difference to the masked model"].note == "the same, up to rounding"
     assert tiles[f"accuracy {EVIL}"].value == "0.925"
+    assert tiles["performance of what the search took"] == Tile(
+        "0.9", "performance of what the search took", "0.99 before"
+    )
+    assert tiles["parameters left by the search"].value == "30%"
 
 
 def test_how_it_was_measured_is_told(everything: PruningReport) -> None:

@@ -1,4 +1,4 @@
-"""A report's page in Chromium: its code runs, its graph answers, it fits a phone and a dark room."""
+"""A report's page in Chromium: its code runs, its graph answers, it fits a phone and the dark."""
 
 from __future__ import annotations
 
@@ -89,6 +89,8 @@ def test_a_click_says_what_a_layer_is_coupled_with(page: Any) -> None:
     find(page, ".told button").click()  # the coupled layer's name
     assert told(page).startswith("conv2")
     assert "chosen" in box(page, "conv2").get_attribute("class")
+    page.find_elements("css selector", ".told button")[-1].click()  # what comes after it
+    assert told(page).startswith("add\nIts output goes to\nconv3")
 
 
 def test_buttons_zoom(page: Any) -> None:

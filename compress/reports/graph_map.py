@@ -93,13 +93,17 @@ def _line(source: Box, target: Box) -> str:
     rows = (target.y - source.y) / _ROW
     if rows > 1.5 and source.x == target.x:
         begin, end = source.x + source.width / 2, target.x + target.width / 2
-        out = max(begin, end, source.x + _BOX / 2) + min(14 + 4 * rows, 60)
-        points = (begin, source.y), (out, source.y), (out, target.y), (end, target.y)
-    else:
-        top, bottom = source.y + source.height / 2, target.y - target.height / 2
-        # Over several rows it stays in its own column, where nothing is, until the last one.
-        turn, arrive = bottom - _ROW / 2 if rows > 1.5 else (top + bottom) / 2, (top + bottom) / 2
-        arrive = bottom - _ROW if rows > 1.5 else arrive
-        points = (source.x, top), (source.x, turn), (target.x, arrive), (target.x, bottom)
-    first, *others = (f"{x:.1f} {y:.1f}" for x, y in points)
-    return f"M{first}C{' '.join(others)}"
+        # A curve gets three quarters of the way to the points that pull it.
+        edge = source.x + _BOX / 2 + min(6 + 4 * rows, 50)
+        out = edge + (edge - (begin + end) / 2) / 3
+        return (
+            f"M{begin:.1f} {source.y:.1f}C{out:.1f} {source.y:.1f} {out:.1f} {target.y:.1f} "
+            f"{end:.1f} {target.y:.1f}"
+        )
+    top, bottom = source.y + source.height / 2, target.y - target.height / 2
+    turn = max(bottom - (_ROW - _HEIGHT), top)  # down its own column until the last row
+    middle = (turn + bottom) / 2
+    return (
+        f"M{source.x:.1f} {top:.1f}V{turn:.1f}C{source.x:.1f} {middle:.1f} {target.x:.1f} "
+        f"{middle:.1f} {target.x:.1f} {bottom:.1f}"
+    )

@@ -21,12 +21,16 @@ SEGMENTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A layer's units. ``group``: its coupled group, counted from 1; 0: it has none."""
+    """A layer's units; ``stuck``: how many are masked and stay, and ``why``.
+
+    ``group``: its coupled group, counted from 1; 0: it has none.
+    """
 
     layer: str
     units: int
     masked: int = 0
     removed: int = 0
+    stuck: int = 0
     why: str = ""
     group: int = 0
 
@@ -67,7 +71,8 @@ def layers_of(report: Report | None, graph: ChannelGraph | None) -> Layers:
         reasons = [f"{count}: it {reason}" for reason, count in each.kept.items()]
         if each.unmasked_elsewhere:
             reasons.append(f"{each.unmasked_elsewhere} unmasked in a coupled layer")
-        rows.append(Row(name, units, each.masked, each.removed, "; ".join(reasons), group))
+        stuck, why = sum(each.kept.values()), "; ".join(reasons)
+        rows.append(Row(name, units, each.masked, each.removed, stuck, why, group))
     return Layers(tuple(rows), _ordered(names, numbers))
 
 
@@ -91,9 +96,8 @@ def layer_bars(layers: Layers) -> Bars:
     """A bar of each layer's units: what is kept, what is masked but kept, what is gone."""
     rows = []
     for row in layers.rows:
-        stuck = max(row.masked - row.removed, 0)
         text = f"{row.left:,} of {row.units:,}" if row.removed else f"{row.units:,}"
-        rows.append(Bar(row.layer, (row.left - stuck, stuck, row.removed), text))
+        rows.append(Bar(row.layer, (row.left - row.stuck, row.stuck, row.removed), text))
     units, removed = (sum(getattr(row, n) for row in layers.rows) for n in ("units", "removed"))
     alt = f"{len(rows)} layers with {units:,} channels, {removed:,} of them removed"
     return Bars("Channels of each layer", SEGMENTS, tuple(rows), alt, "channels")

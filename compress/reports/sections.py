@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from compress.charts import Bar, Bars, Curves, Picture, Segment, Series
 from compress.charts.chart import BLUE, colour_of, marker_of, number
 from compress.graph.channels import ChannelGraph
+from compress.graph.explain import count
 from compress.measure import Measurement, Table, table
 from compress.reports.graph_map import GraphMap, graph_map
 from compress.reports.layers import Layers, layer_bars, layer_table, layers_of, without_empty
@@ -97,8 +98,8 @@ def _sections(parts: Parts) -> Iterator[Section]:
 
 
 def tiles_of(parts: Parts) -> tuple[Tile, ...]:
-    """The last model measured beside the first one, and how exact it is."""
-    return (*_measured_tiles(parts), *_exactness(parts))
+    """The last model measured beside the first one, how exact it is, and what a search took."""
+    return (*_measured_tiles(parts), *_exactness(parts), *_taken(parts.search))
 
 
 def _measured_tiles(parts: Parts) -> Iterator[Tile]:
@@ -130,6 +131,17 @@ def _exactness(parts: Parts) -> Iterator[Tile]:
         yield Tile(f"{parts.verification.relative_error:.1e}", label, same)
     elif parts.speedup is not None and parts.speedup.relative_error is not None:
         yield Tile(f"{parts.speedup.relative_error:.1e}", label, "of the outputs' scale")
+
+
+def _taken(found: SearchResult | None) -> Iterator[Tile]:
+    if found is None:
+        return
+    best, whole = found.best, found.dense_parameters
+    yield Tile(f"{best.performance:.4g}", "performance of what the search took",
+               f"{found.dense:.4g} before")  # fmt: skip
+    if whole is not None:
+        yield Tile(_share(best.parameters, whole), "parameters left by the search",
+                   _from(whole, best.parameters))  # fmt: skip
 
 
 def _share(after: float, before: float) -> str:
@@ -188,11 +200,11 @@ def _layers(report: Report, layers: Layers) -> Section:
         if names
     ]
     text = [report.summary(), *report.notes]
-    stuck = sum(bool(row.why) for row in layers.rows)
+    stuck = [row.stuck for row in layers.rows if row.stuck]
     if stuck:
         text.append(
-            f"{stuck} layers have units that are masked and stay all the same: the table says what "
-            "holds them, and in which file and line."
+            f"{count(sum(stuck), 'unit')} of {count(len(stuck), 'layer')} masked and not removed: "
+            "the table says what holds them, and in which file and line."
         )
     return Section(
         "layers", "Layers: what went, what stayed and why", tuple(text),

@@ -14,7 +14,8 @@ for (const graph of document.querySelectorAll(".graph")) {
   const data = JSON.parse(graph.querySelector(".map-data").textContent);
   const boxes = [...map.querySelectorAll(".box")], lines = [...map.querySelectorAll(".lines path")];
   const width = map.viewBox.baseVal.width, height = map.viewBox.baseVal.height;
-  const byName = new Map(data.boxes.map((box, index) => [box.name, index]));
+  const byName = new Map();  // layers; of several calls the first
+  data.boxes.forEach((box, at) => { if (box.layer && !byName.has(box.name)) byName.set(box.name, at); });
   let scale = 1, chosen = -1;
 
   // The point of the map that is at (x, y) of the view stays there.
@@ -98,11 +99,11 @@ for (const graph of document.querySelectorAll(".graph")) {
     made.textContent = content;
     return made;
   }
-  function list(heading, names) {
-    if (!names.length) return [];
+  function list(heading, found) {  // of [name, number of its box or undefined]
+    if (!found.length) return [];
     const items = document.createElement("ul");
-    for (const name of names) {
-      const item = document.createElement("li"), at = byName.get(name);
+    for (const [name, at] of found) {
+      const item = document.createElement("li");
       const link = text(at === undefined ? "span" : "button", name);
       if (at !== undefined) link.addEventListener("click", () => { choose(at); center(at); });
       item.append(link);
@@ -115,11 +116,11 @@ for (const graph of document.querySelectorAll(".graph")) {
     if (box.units) parts.push(text("p", `${box.units} channels, ${box.left} left`));
     if (box.group) {
       const others = data.groups[box.group - 1].filter(name => name !== box.name);
-      parts.push(...list(`Coupled (G${box.group}): goes together with`, others));
+      parts.push(...list(`Coupled (G${box.group}): goes together with`, others.map(name => [name, byName.get(name)])));
     } else if (box.layer) parts.push(text("p", "Coupled with no other layer."));
     if (box.held) parts.push(text("p", `Nothing of it can go: it ${box.held}`));
     if (box.why) parts.push(text("p", `Masked, but kept: ${box.why}`));
-    parts.push(...list("Its output goes to", box.next.map(at => data.boxes[at].name)));
+    parts.push(...list("Its output goes to", box.next.map(at => [data.boxes[at].name, at])));
     told.replaceChildren(...parts);
   }
   function center(index) {
