@@ -93,6 +93,16 @@ def test_a_click_says_what_a_layer_is_coupled_with(page: Any) -> None:
     assert told(page).startswith("add\nIts output goes to\nconv3")
 
 
+def test_pointing_at_a_layer_is_enough_and_is_forgotten(page: Any) -> None:
+    from selenium.webdriver import ActionChains
+
+    ActionChains(page).move_to_element(box(page, "conv2")).perform()
+    assert told(page).startswith("conv2") and "goes together with\nconv1" in told(page)
+    ActionChains(page).move_to_element(find(page, "h1")).perform()
+    assert "Choose a box" in told(page)
+    assert "some" not in find(page, ".map").get_attribute("class")
+
+
 def test_buttons_zoom(page: Any) -> None:
     begin = width(page)
     find(page, "[data-zoom=in]").click()
@@ -133,7 +143,7 @@ def test_a_mouse_drags_and_that_is_no_click(page: Any) -> None:
     page.execute_script("arguments[0].scrollIntoView(); arguments[0].scrollTop = 200", view)
     ActionChains(page).click_and_hold(view).move_by_offset(0, -60).release().perform()
     assert page.execute_script("return arguments[0].scrollTop", view) == pytest.approx(260, abs=2)
-    assert "Choose a box" in told(page)
+    assert not page.find_elements("css selector", ".box.chosen")
 
 
 def test_keys_are_enough(page: Any) -> None:

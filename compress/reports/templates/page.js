@@ -16,6 +16,7 @@ for (const graph of document.querySelectorAll(".graph")) {
   const width = map.viewBox.baseVal.width, height = map.viewBox.baseVal.height;
   const byName = new Map();  // layers; of several calls the first
   data.boxes.forEach((box, at) => { if (box.layer && !byName.has(box.name)) byName.set(box.name, at); });
+  const hint = told.textContent, together = data.groups.map(names => new Set(names));
   let scale = 1, chosen = -1;
 
   // The point of the map that is at (x, y) of the view stays there.
@@ -78,8 +79,8 @@ for (const graph of document.querySelectorAll(".graph")) {
   function light(index) {
     const box = data.boxes[index];
     map.classList.toggle("some", index >= 0);
-    boxes.forEach((each, at) => each.classList.toggle("near", index >= 0 && (at === index
-      || box.group > 0 && data.boxes[at].group === box.group
+    boxes.forEach((each, at) => each.classList.toggle("near", !!box && (at === index
+      || box.group > 0 && together[box.group - 1].has(data.boxes[at].name)
       || box.next.includes(at) || data.boxes[at].next.includes(index))));
     for (const line of lines)
       line.classList.toggle("near", +line.dataset.from === index || +line.dataset.to === index);
@@ -88,7 +89,7 @@ for (const graph of document.querySelectorAll(".graph")) {
     boxes[chosen]?.classList.remove("chosen");
     chosen = index;
     light(index);
-    if (index < 0) { told.replaceChildren(text("p", "Choose a box: what it is coupled with is shown here.")); return; }
+    if (index < 0) { told.replaceChildren(text("p", hint)); return; }
     boxes[index].classList.add("chosen");
     boxes.forEach((box, at) => box.setAttribute("tabindex", at === index ? "0" : "-1"));
     if (move) boxes[index].scrollIntoView({block: "nearest", inline: "nearest"});
@@ -128,8 +129,8 @@ for (const graph of document.querySelectorAll(".graph")) {
   }
   boxes.forEach((box, index) => {
     box.addEventListener("click", () => { if (!moved) choose(index, false); });
-    box.addEventListener("pointerenter", () => { if (chosen < 0) light(index); });
-    box.addEventListener("pointerleave", () => { if (chosen < 0) light(-1); });
+    box.addEventListener("pointerenter", () => { if (chosen < 0) { light(index); describe(index); } });
+    box.addEventListener("pointerleave", () => { if (chosen < 0) choose(-1); });
   });
   find.addEventListener("change", () => {
     const at = byName.get(find.value);
