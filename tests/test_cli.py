@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_search_results import RESULT
 from torch import nn
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from compress.cli.pruner_names import PRUNERS, parameters_of
 from compress.errors import CompressError, ConfigError
 from compress.export import OnnxModel
 from compress.search import Sensitivity
+from compress.search.results import write_results
 
 ROOT = Path(__file__).parents[1]
 MODULE = """
@@ -347,13 +349,15 @@ def test_report_as_a_page(folder):
         "--small", "s.safetensors")  # fmt: skip
     curves = Sensitivity({"conv1": {0.5: 0.125}}, 0.5)
     curves.export("curves.json")
+    write_results(RESULT, ".")
     quick = ("--repeats", 2, "--warmup", 0)
     found = data("report", *NETS, "--masks", "m.safetensors", "--evaluator", "cli_nets:evaluator",
-                 "--sensitivity", "curves.json", "--html", "page.html", *quick)  # fmt: skip
+                 "--sensitivity", "curves.json", "--search", ".", "--html", "page.html", *quick)  # fmt: skip
     assert found["wrote"] == ["page.html"] and found["report"]["planned"]
     text = Path("page.html").read_text()
     for words in ("cli_nets:net", ">masked<", ">small<", ">score<", ">conv2<", "the same, up to",
-                  "What a layer alone bears", "0.125", "Channel graph"):  # fmt: skip
+                  "What a layer alone bears", "0.125", "Channel graph",
+                  "Some: 5 trials"):  # fmt: skip
         assert words in text, words
     found = data("report", *NETS, "--small", "s.safetensors", "--markdown", "page.md", *quick)
     assert found["wrote"][0] == "page.md" and found["cuts"]
@@ -363,7 +367,7 @@ def test_report_as_a_page(folder):
         "report", *NETS, "--masks", "m.safetensors", "--search", "."
     )
     assert "no search can be read" in told(
-        "report", *NETS, "--masks", "m.safetensors", "--search", ".", "--html", "x.html"
+        "report", *NETS, "--masks", "m.safetensors", "--search", "none", "--html", "x.html"
     )
 
 
