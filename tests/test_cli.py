@@ -352,7 +352,8 @@ def test_report_as_a_page(folder):
     write_results(RESULT, ".")
     quick = ("--repeats", 2, "--warmup", 0)
     found = data("report", *NETS, "--masks", "m.safetensors", "--evaluator", "cli_nets:evaluator",
-                 "--sensitivity", "curves.json", "--search", ".", "--html", "page.html", *quick)  # fmt: skip
+                 "--sensitivity", "curves.json", "--search", ".", "--html", "page.html",
+                 *quick)  # fmt: skip
     assert found["wrote"] == ["page.html"] and found["report"]["planned"]
     text = Path("page.html").read_text()
     for words in ("cli_nets:net", ">masked<", ">small<", ">score<", ">conv2<", "the same, up to",
