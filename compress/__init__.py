@@ -28,6 +28,7 @@ from compress.pruners import (
     TaylorFOWeightPruner,
     WandaPruner,
 )
+from compress.reports import report
 from compress.schedule import (
     ADMMPruner,
     AGPPruner,
@@ -88,6 +89,7 @@ __all__ = [
     "TaylorFOWeightPruner",
     "WandaPruner",
     "load",
+    "report",
     "save",
     "sensitivity_analysis",
     "shrink_checkpoint",

@@ -46,6 +46,14 @@ class ExportError(CompressError, RuntimeError):
     """A model cannot be exported, or computes something else as exported; no file was written."""
 
 
+class ChartError(CompressError, RuntimeError):
+    """A chart cannot be drawn: matplotlib is missing, or it is no kind of file."""
+
+
+class ReportError(CompressError, ValueError):
+    """There is nothing to report, it is of another kind than it should be, or no kind of file."""
+
+
 class TraceError(CompressError, RuntimeError):
     """The model could not be run and recorded on the dummy input."""
 

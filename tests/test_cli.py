@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_search_results import RESULT
 from torch import nn
 from typer.testing import CliRunner
 
@@ -20,6 +22,9 @@ from compress.cli.commands import app
 from compress.cli.job import parse_job
 from compress.cli.pruner_names import PRUNERS, parameters_of
 from compress.errors import CompressError, ConfigError
+from compress.export import OnnxModel
+from compress.search import Sensitivity
+from compress.search.results import write_results
 
 ROOT = Path(__file__).parents[1]
 MODULE = """
@@ -66,6 +71,30 @@ def warned():
 
 def broken():
     raise KeyError("size")
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(50, 8), nn.Linear(8, 2)
+
+    def forward(self, ids, labels=None):
+        found = self.out(self.words(ids)).mean(1)
+        return found if labels is None else nn.functional.cross_entropy(found, labels)
+
+
+class MaskedWords(Words):
+    def forward(self, ids, labels=None, attention_mask=None):
+        return super().forward(ids, labels)
+
+
+def masked_words():
+    return MaskedWords()
+
+
+def words_evaluator():
+    batches = [{"ids": torch.arange(12).view(2, 6), "labels": torch.tensor([0, 1])}] * 3
+    return Evaluator(batches, loss=lambda model, batch: model(**batch))
 
 
 def evaluator():
@@ -259,6 +288,90 @@ def test_sensitivity(folder):
     assert "expected numbers" in told("sensitivity", job, "--sparsities", "a")
 
 
+def export(target, *arguments):
+    """What `compress export` says, without torch.compile, which takes seconds."""
+    return data("export", "--to", target, "--repeats", 2, "--warmup", 0, *arguments)
+
+
+def test_export_of_the_small_model(folder):
+    run("prune", *NETS, "--sparsity", 0.5, "--exclude", "fc", "--small", "small.safetensors")
+    small = compress.load(_net, "small.safetensors").eval()
+    x = torch.rand(3, 3, 8, 8)
+    some = (*NETS, "--small", "small.safetensors", "--runtimes", "onnxruntime")
+    found = export("small.onnx", *some)  # the file itself is timed, and no other
+    assert found["format"] == "ONNX" and found["wrote"] == ["small.onnx"]
+    assert found["relative_error"] < 1e-5 and found["megabytes"] > 0 and not found["missing"]
+    assert found["runtimes"]["onnxruntime"]["latency_ms"]["median"] > 0
+    torch.testing.assert_close(OnnxModel("small.onnx")(x), small(x))
+    found = export("small.pt2", *NETS, "--small", "small.safetensors", "--runtimes", "")
+    assert list(found["runtimes"]) == ["eager", found["format"]] == ["eager", "torch.export"]
+    torch.testing.assert_close(torch.export.load("small.pt2").module()(x), small(x))
+
+
+def test_export_of_int8_calibrates_where_there_is_data(folder):
+    quiet = ("--int8", "--runtimes", "")
+    found = export("static.onnx", *NETS, *quiet, "--evaluator", "cli_nets:evaluator")
+    assert "static, 1 calibration" in found["format"]
+    assert found["runtimes"]["int8 onnxruntime"]["relative_error"] > 0
+    assert "dynamic" in export("dynamic.onnx", *NETS, *quiet)["format"]
+    ids = ("--model", "cli_nets:Words", "--input", "ids=2,6:int64:50")
+    hook = ("--evaluator", "cli_nets:words_evaluator", "--calibration", 2)
+    found = export("words.onnx", *ids, *quiet, *hook)  # the labels are no input of the file
+    assert "static, 2 calibration" in found["format"]
+    assert "attention_mask" in told(
+        "export", "--to", "x.onnx", "--model", "cli_nets:masked_words", "--int8", *hook,
+        *ids[2:], "--input", "attention_mask=2,6:int64",
+    )  # fmt: skip
+
+
+def test_export_errors(folder, monkeypatch):
+    for arguments, words in (
+        (("--to", "x.txt"), "expected a file .onnx, or .pt2"),
+        (("--to", "x.pt2", "--int8"), "--int8: it is for ONNX"),
+        (("--to", "no/x.onnx"), "there is no folder no"),
+        (("--to", "x.pt2", "--runtimes", "tvm"), "--runtimes: got tvm; expected some of"),
+        (("--to", "x.pt2", "--masks", "m.safetensors"), "No such option"),
+    ):
+        code = 2 if words == "No such option" else 1
+        assert words in run("export", *NETS, *arguments, code=code).stderr
+    job = write(folder / "job.json", masks="m.safetensors")
+    assert "run compress speedup first" in told("export", job, "--to", "x.pt2")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else find(n)
+    )
+    assert "pip install compress-torch[onnx]" in told("export", *NETS, "--to", "x.onnx")
+    assert not list(folder.glob("x.*"))
+
+
+def test_report_as_a_page(folder):
+    run("prune", *NETS, "--sparsity", 0.5, "--exclude", "fc", "--masks", "m.safetensors",
+        "--small", "s.safetensors")  # fmt: skip
+    curves = Sensitivity({"conv1": {0.5: 0.125}}, 0.5)
+    curves.export("curves.json")
+    write_results(RESULT, ".")
+    quick = ("--repeats", 2, "--warmup", 0)
+    found = data("report", *NETS, "--masks", "m.safetensors", "--evaluator", "cli_nets:evaluator",
+                 "--sensitivity", "curves.json", "--search", ".", "--html", "page.html",
+                 *quick)  # fmt: skip
+    assert found["wrote"] == ["page.html"] and found["report"]["planned"]
+    text = Path("page.html").read_text()
+    for words in ("cli_nets:net", ">masked<", ">small<", ">score<", ">conv2<", "the same, up to",
+                  "What a layer alone bears", "0.125", "Channel graph",
+                  "Some: 5 trials"):  # fmt: skip
+        assert words in text, words
+    found = data("report", *NETS, "--small", "s.safetensors", "--markdown", "page.md", *quick)
+    assert found["wrote"][0] == "page.md" and found["cuts"]
+    text = Path("page.md").read_text()
+    assert "## What was cut" in text and "| conv1.weight | (8, 3, 3, 3) | (4, 3, 3, 3) |" in text
+    assert "for a page; pass --html" in told(
+        "report", *NETS, "--masks", "m.safetensors", "--search", "."
+    )
+    assert "no search can be read" in told(
+        "report", *NETS, "--masks", "m.safetensors", "--search", "none", "--html", "x.html"
+    )
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 
@@ -280,6 +393,7 @@ def test_sensitivity(folder):
         (("prune", *NETS, "--exclude", "fc"), "--exclude goes with --sparsity"),
         (("bench", "--small", "s"), "model: it is missing"),
         (("report", *NETS), "nothing to report"),
+        (("report", *NETS, "--html", "page.txt"), "--html: got page.txt; expected a file .html"),
         (("report", *NETS, "--masks", "none.safetensors"), "no such file"),
     ],
 )
@@ -294,6 +408,7 @@ def test_a_folder_that_is_not_there_is_told_before_the_work(folder):
         ("prune", job, "--masks", "no/m.safetensors"),
         ("speedup", job, "--small", "no/s.safetensors"),
         ("sensitivity", job, "--output", "no/c.csv"),
+        ("report", job, "--html", "no/page.html"),
     ):
         assert "there is no folder no" in told(*arguments)
     assert "expected a file .csv" in told("sensitivity", job, "--output", "c.txt")

@@ -238,6 +238,10 @@ def test_runtimes_side_by_side() -> None:
     assert all(each.repeats == 3 and each.batch == 5 for each in found.latencies.values())
     assert max(found.differences.values()) < 1e-5 and not found.missing
     assert [row[0] for row in found.table.rows] == ["eager", *runtimes]
+    conv = nn.Conv2d(1, 2, 3)
+    others = {"double": Runtime(lambda x: conv(x) * 2)}
+    doubled = compare_runtimes(conv, OTHERS, runtimes=(), others=others, warmup=0, repeats=1)
+    assert doubled.differences["double"] == pytest.approx(1, rel=1e-3)  # told, and timed
     wrong = compare_runtimes(Deceiving(), X, runtimes=runtimes, warmup=0, repeats=1)
     assert list(wrong.latencies) == ["eager"]  # what computes something else is not timed
     assert set(wrong.missing) == set(runtimes)

@@ -198,6 +198,7 @@ def test_latency_reports_what_was_measured(monkeypatch):
     assert result.samples_ms == pytest.approx((1, 2, 3, 4, 5))
     assert (result.median_ms, result.p10_ms, result.p90_ms) == pytest.approx((3, 1.4, 4.6))
     assert (result.repeats, result.batch, result.device) == (5, 2, "cpu")
+    assert (result.warmup, result.dtype) == (0, "float32") and result.machine
     assert result.threads == torch.get_num_threads()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from search_jobs import CONFIG, evaluate, network
 
-from compress.errors import SearchError
+from compress.errors import ChartError, SearchError, StateError
 from compress.progress import progress_bar
 from compress.search import SearchResult, SimulatedAnnealingPruner, Trial
 
@@ -60,16 +60,16 @@ def test_the_picture_names_what_is_in_it(tmp_path: Path, monkeypatch: Any) -> No
 
 
 def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: Any) -> None:
-    with pytest.raises(SearchError, match=r"plots \.png, \.svg, \.pdf"):
+    with pytest.raises(ChartError, match=r"plots \.png, \.svg, \.pdf"):
         RESULT.plot(tmp_path / "picture.jpeg")
     with pytest.raises(SearchError, match="cost: got 'latency'; expected one of params, flops"):
         RESULT.plot(tmp_path / "picture.png", "latency")
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "compress.search.plots.find_spec",
+        "compress.charts.figure.find_spec",
         lambda name: None if name == "matplotlib" else found(name),
     )
-    with pytest.raises(SearchError, match=r"pip install 'compress-torch\[draw\]'"):
+    with pytest.raises(ChartError, match=r"pip install 'compress-torch\[report\]'"):
         RESULT.plot(tmp_path / "picture.png")
     search(tmp_path)  # writes what it can
     names = {path.name for path in tmp_path.iterdir()}
@@ -94,6 +94,16 @@ def test_a_search_knows_its_dense_and_its_uniform_model(tmp_path: Path) -> None:
     assert found.uniform == 0
     assert len(set(found.trials[0].sparsities.values())) == 1
     assert (tmp_path / "search.png").stat().st_size > 3000
+
+
+def test_a_result_is_read_again(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    assert SearchResult.read(tmp_path) == found
+    (tmp_path / "search_history.csv").write_text("number\n0\n")
+    with pytest.raises(StateError, match="no search can be read: KeyError"):
+        SearchResult.read(tmp_path)
+    with pytest.raises(StateError, match="expected a search's experiment_data_dir"):
+        SearchResult.read(tmp_path / "none")
 
 
 # -- how far it is -------------------------------------------------------------------------

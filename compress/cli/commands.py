@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,12 @@ import typer
 from torch import nn
 
 import compress
+from compress.cli.exporting import (
+    calibration_inputs,
+    check_options,
+    write_float,
+    write_int8,
+)
 from compress.cli.inspecting import coupled_groups, layer_facts
 from compress.cli.job import Job
 from compress.cli.loading import (
@@ -22,11 +29,14 @@ from compress.cli.loading import (
     resolve,
     user_code,
 )
+from compress.cli.reporting import check_pages, page, told
 from compress.cli.running import Answer, grid, registrar, unwrapped
 from compress.errors import ConfigError
+from compress.export import RuntimeComparison, compare_runtimes
+from compress.export.runtimes import RUNTIMES
 from compress.graph.channels import ChannelGraph
 from compress.masks import applied_masks
-from compress.measure import Measurement, compare, summarize, table
+from compress.measure import Latency, Measurement, compare, summarize, table
 from compress.search.sensitivity_pruner import SPARSITIES
 from compress.speedup.report import Report
 from compress.speedup.speedup import ModelSpeedup
@@ -327,12 +337,17 @@ def _scores(job: Job, models: dict[str, nn.Module]) -> dict[str, float]:
 
 
 def _numbers(each: Measurement) -> dict[str, Any]:
-    time = each.latency
     return {
         "parameters": each.summary.parameters_total,
         "mult_adds": each.summary.mult_adds,
         "flops": each.summary.flops,
         "size_mb": each.size_mb,
+        **_times(each.latency),
+    }
+
+
+def _times(time: Latency) -> dict[str, Any]:
+    return {
         "latency_ms": {"median": time.median_ms, "p10": time.p10_ms, "p90": time.p90_ms},
         "measured": {
             "repeats": time.repeats,
@@ -343,34 +358,107 @@ def _numbers(each: Measurement) -> dict[str, Any]:
     }
 
 
-@command("masks", "small")
-def report(job: Job) -> Answer:
+@command("small", "evaluator")
+def export(
+    job: Job,
+    to: Annotated[Path, typer.Option(help="The file to write: .onnx, or .pt2 for torch.export.")],
+    int8: Annotated[
+        bool, typer.Option("--int8", help="ONNX with int8 weights; near the model, not equal.")
+    ] = False,
+    calibration: Annotated[
+        int, typer.Option(min=1, help="With --int8: batches of the evaluator's to calibrate by.")
+    ] = 16,
+    fixed_batch: Annotated[
+        bool, typer.Option("--fixed-batch", help="For the batch size of the input only.")
+    ] = False,
+    runtimes: Annotated[
+        str, typer.Option(help='To time beside eager mode and the file; by commas, "" for none.')
+    ] = ",".join(RUNTIMES),
+    repeats: Annotated[int, typer.Option(min=1, help="Forward passes that are timed.")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="Passes before, not counted.")] = 10,
+) -> Answer:
+    """Write the small model, or without one the model, for another runtime, and time it.
+
+    The file is run and held against the model before it is there. With --int8, activations are int8
+    too where the job has an evaluator with data to calibrate by.
+
+    Example: [bold]compress export prune.yaml --small small.safetensors --to small.onnx[/bold]
+    """
+    names = [name for name in runtimes.split(",") if name]
+    check_options(to, int8, names)
+    _check_folders(str(to))
+    if job.small is None and job.masks is not None:
+        raise ConfigError("small: it is missing, and there are masks; run compress speedup first")
+    model = (build_model(job) if job.small is None else load_small(job)).eval()
+    inputs = make_input(job)
+    if int8:
+        evaluator = make_evaluator(job)
+        with user_code(f"evaluator: {job.evaluator}"):
+            data = calibration_inputs(model, evaluator, inputs, calibration)
+        written = write_int8(model, inputs, to, not fixed_batch, data)
+    else:
+        written = write_float(model, inputs, to, not fixed_batch)
+    timed = compare_runtimes(
+        model,
+        inputs,
+        runtimes=[name for name in names if name != written.runtime_name],
+        others={written.runtime_name: written.runtime},
+        warmup=warmup,
+        repeats=repeats,
+    )
+    line = (
+        f"{written.format}, {written.megabytes:.2f} MB, largest difference to the model "
+        f"{written.relative_error:.1e} of the output's scale"
+    )
+    found = {
+        "format": written.format,
+        "megabytes": written.megabytes,
+        "relative_error": written.relative_error,
+        "absolute_error": written.absolute_error,
+        "runtimes": _runtimes(timed),
+        "missing": timed.missing,
+    }
+    return Answer(found, (line, str(timed)), tuple(map(str, written.files)))
+
+
+def _runtimes(timed: RuntimeComparison) -> dict[str, Any]:
+    return {
+        name: {**_times(each), "relative_error": timed.differences[name]}
+        for name, each in timed.latencies.items()
+    }
+
+
+@command("masks", "small", "evaluator")
+def report(
+    job: Job,
+    html: Annotated[Path | None, typer.Option(help="Write a page: one .html file.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write a .md file, and its pictures beside it.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="For the page: what compress sensitivity wrote.")
+    ] = None,
+    search: Annotated[
+        Path | None, typer.Option(help="For the page: a search's experiment_data_dir.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="For the page: passes that are timed.")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="Passes before, not counted.")] = 10,
+) -> Answer:
     """Show what a speedup would remove under the masks and why the rest stays; change nothing.
 
-    Without --masks, what the file of the small model says of itself: what was cut, and how.
+    Without --masks, what the file of the small model says of itself: what was cut, and how. A page
+    has all of it with pictures: the models measured side by side, each layer, the channel graph.
 
-    Example: [bold]compress report prune.yaml --masks masks.safetensors[/bold]
+    Example: [bold]compress report prune.yaml --masks masks.safetensors --html page.html[/bold]
     """
-    masks = read_masks(job)
-    if masks is not None:
-        planned = ModelSpeedup(
-            build_model(job), make_input(job), masks, **job.speedup.model_dump()
-        ).report
-        return Answer({"report": asdict(planned)}, (str(planned),))
-    if job.small is None:
-        raise ConfigError("nothing to report: pass --masks FILE or --small FILE")
-    recipe = compress.checkpoint.read_recipe(job.small)
-    cuts = [
-        {"parameter": path, "before": plan.shapes[path], "after": cut.shape(plan.shapes[path])}
-        for plan in recipe.decoded_plans()
-        for path, cut in plan.slices.items()
-    ]
-    data = {
-        "model": recipe.model,
-        "cuts": cuts,
-        "provenance": recipe.provenance,
-        "versions": recipe.versions,
-    }
-    rows: list[tuple[object, ...]] = [tuple(cut.values()) for cut in cuts]
-    lines = [f"{name}: {value}" for name, value in {**recipe.provenance, **recipe.versions}.items()]
-    return Answer(data, (grid(("parameter", "shape", "new shape"), rows), *lines))
+    pages = [path for path in (html, markdown) if path is not None]
+    check_pages(html, markdown)
+    _check_folders(*map(str, pages))
+    if not pages and (sensitivity or search):
+        raise ConfigError("--sensitivity and --search are for a page; pass --html or --markdown")
+    answer = told(job)
+    if not pages:
+        return answer
+    made = page(job, partial(_scores, job), sensitivity, search, warmup, repeats)
+    wrote = tuple(str(file) for path in pages for file in made.write(path))
+    return replace(answer, wrote=wrote)

@@ -4,7 +4,7 @@ What is exported is a plain copy in eval mode: masks are written in as zeros. Ea
 drawn inputs, of several batch sizes, and held against the model before it is handed out.
 """
 
-from compress.export.exported import compiled, to_exported
+from compress.export.exported import compiled, save_exported, to_exported
 from compress.export.int8 import quantize_onnx
 from compress.export.onnx_file import OnnxModel, OnnxReport, to_onnx
 from compress.export.parity import Runtime
@@ -18,6 +18,7 @@ __all__ = [
     "compare_runtimes",
     "compiled",
     "quantize_onnx",
+    "save_exported",
     "to_exported",
     "to_onnx",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from compress.errors import ExportError
 from compress.export.parity import BATCH_SIZES, Runtime, outputs_of, parity, raise_unless_same
+from compress.files import write_atomically
 from compress.graph.run import as_arguments, does_not_run, rng_kept
 from compress.masks import remove_masks
 from compress.speedup.compare import batch_size_of
@@ -58,6 +61,16 @@ def to_exported(
         found = parity(runtime, model, dummy_input, batch_sizes=sizes, tolerance=tolerance)
         raise_unless_same(found, model, "a torch.export program")
     return program
+
+
+def save_exported(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Write a program as a .pt2 file, which `torch.export.load` reads: whole, or not at all.
+
+    Raises ``OSError`` where it cannot be written.
+    """
+    content = io.BytesIO()  # torch looks at the suffix of a file's name, and a temporary one's
+    torch.export.save(program, content)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content.getvalue()))
 
 
 def export_program(

@@ -56,14 +56,17 @@ def compare_runtimes(
     dummy_input: Any,
     *,
     runtimes: Sequence[str] = RUNTIMES,
+    others: Mapping[str, nn.Module] | None = None,
     warmup: int = 10,
     repeats: int = 50,
 ) -> RuntimeComparison:
-    """Time a plain copy of a model in eager mode, and in the ``runtimes``.
+    """Time a plain copy of a model in eager mode, in the ``runtimes`` and in ``others``.
 
     Passes are taken in turn (see `compress.measure.latencies`), on the device of the model but for
     onnxruntime, which runs on the CPU. A runtime that is not installed, does not take the model, or
     computes something else is in ``missing``. Each takes the one batch size of ``dummy_input``.
+    ``others`` are called as the model is, such as the `OnnxModel` of an int8 file; how far off they
+    are is only told.
 
     Errors: ``TraceError`` where the model does not run on ``dummy_input``; ``ExportError`` for a
     runtime that there is not.
@@ -85,6 +88,9 @@ def compare_runtimes(
                 missing[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
                 continue
             models[name], differences[name] = runtime, found.relative_error
+        for name, other in (others or {}).items():
+            models[name] = other
+            differences[name] = parity(other, plain, dummy_input).relative_error
         times = latencies(models, dummy_input, warmup=warmup, repeats=repeats)
     return RuntimeComparison(times, differences, missing)
 

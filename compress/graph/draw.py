@@ -18,6 +18,8 @@ from compress.graph.explain import couplings, layer_of
 from compress.rules.registry import OPAQUE, rule_for
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from compress.graph.channels import ChannelGraph
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -47,8 +49,9 @@ def draw(graph: ChannelGraph, path: str | os.PathLike[str]) -> None:
 def layer_graph(graph: ChannelGraph) -> nx.DiGraph:
     """Layers, and the calls where several meet, as a ``networkx.DiGraph`` of fx nodes.
 
-    Each has a ``label``, a ``colour`` (of its coupled group), ``held`` (the reason, or "") and
-    ``box`` (whether it is a layer). Norms, activations and reshapes are left out.
+    Each has a ``label``, a ``colour`` (of its coupled group), ``held`` (the reason, or ""),
+    ``box`` (whether it is a layer) and ``layer`` (its name, or ""). Norms, activations and reshapes
+    are left out.
     """
     result = nx.DiGraph()
     makes = {step.call.node: step.rule.makes(step.call) for step in graph.steps}
@@ -63,7 +66,7 @@ def layer_graph(graph: ChannelGraph) -> nx.DiGraph:
         elif made:
             path = str(made[0].weight.target)
             _add(result, node, _layer_label(graph, path), colours.get(path, _ALONE), before,
-                 held=_held(graph, path), box=True)  # fmt: skip
+                 held=_held(graph, path), layer=layer_of(graph, path), box=True)  # fmt: skip
         elif _is_opaque_layer(node):
             _add(result, node, node.meta["module"] or node.meta["name"], _ALONE, before,
                  held=f"{node.meta['name']} has no rule", box=True)  # fmt: skip
@@ -81,9 +84,9 @@ def layer_graph(graph: ChannelGraph) -> nx.DiGraph:
 
 def _add(
     graph: nx.DiGraph, node: Any, label: str, colour: str, before: list[fx.Node],
-    held: str = "", box: bool = False,
+    held: str = "", layer: str = "", box: bool = False,
 ) -> None:  # fmt: skip
-    graph.add_node(node, label=label, colour=colour, held=held, box=box)
+    graph.add_node(node, label=label, colour=colour, held=held, layer=layer, box=box)
     graph.add_edges_from((source, node) for source in before)
 
 
@@ -149,9 +152,16 @@ def _with_graphviz(boxes: nx.DiGraph, target: Path) -> None:
 
 def _with_matplotlib(boxes: nx.DiGraph, target: Path) -> None:
     from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none"}):  # text that can be searched
+        layer_figure(boxes).savefig(target, dpi=110)
+
+
+def layer_figure(boxes: nx.DiGraph) -> Figure:
+    """What `layer_graph` found, as a matplotlib figure."""
     from matplotlib.figure import Figure
 
-    places = _places(boxes)
+    places = layout(boxes)
     across = [x for x, _ in places.values()]
     height = 1 - min(y for _, y in places.values())
     width = max(across) - min(across) + 1.4
@@ -175,9 +185,9 @@ def _with_matplotlib(boxes: nx.DiGraph, target: Path) -> None:
         style = "round,pad=0.35" if data["box"] else "round4,pad=0.25"
         frame = {"boxstyle": style, "facecolor": data["colour"], "linewidth": 0.8,
                  "edgecolor": _HELD if data["held"] else _EDGE}  # fmt: skip
-        axes.text(*places[node], _text(data), ha="center", va="center", fontsize=7, bbox=frame)
-    with rc_context({"svg.fonttype": "none"}):  # text that can be searched
-        figure.savefig(target, dpi=110)
+        text = _text(data).replace("$", r"\$")  # no formula
+        axes.text(*places[node], text, ha="center", va="center", fontsize=7, bbox=frame)
+    return figure
 
 
 def _margin(data: dict[str, Any], run: float, rise: float) -> float:
@@ -191,7 +201,7 @@ def _margin(data: dict[str, Any], run: float, rise: float) -> float:
     )
 
 
-def _places(boxes: nx.DiGraph) -> dict[Any, tuple[float, float]]:
+def layout(boxes: nx.DiGraph) -> dict[Any, tuple[float, float]]:
     """x and y of every box: the rows by longest path from the input, downwards.
 
     Within a row boxes stand in the order of what they come from, at distance 1.

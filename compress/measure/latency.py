@@ -25,7 +25,9 @@ _CALLS_MS = 10.0  # so long a single call is repeated
 class Latency:
     """Wall time of forward passes in milliseconds; ``samples_ms`` are the raw measurements.
 
-    ``batch`` is the first axis of the first input tensor, ``threads`` torch's CPU threads.
+    ``batch`` is the first axis of the first input tensor, ``threads`` torch's CPU threads,
+    ``warmup`` the passes before that are not counted, ``dtype`` that of the model's numbers,
+    ``machine`` what the device is called, ``date`` when it was, with the time.
     """
 
     median_ms: float
@@ -36,6 +38,10 @@ class Latency:
     device: str
     threads: int
     samples_ms: tuple[float, ...] = field(repr=False, compare=False)
+    warmup: int = 0
+    dtype: str = ""
+    machine: str = ""
+    date: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.median_ms:.2f} ({self.p10_ms:.2f}–{self.p90_ms:.2f})"
@@ -87,7 +93,7 @@ def latencies(
             # The first pass finds another model's weights in the cache: not counted.
             count = 1 + min(in_turn, repeats - done)
             samples[name] += _passes_ms(model, dummy_input, count)[1:]
-    return {name: _latency(samples[name], models[name], dummy_input) for name in models}
+    return {name: _latency(samples[name], models[name], dummy_input, warmup) for name in models}
 
 
 @contextmanager
@@ -164,16 +170,23 @@ def _synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _latency(samples_ms: list[float], model: nn.Module, dummy_input: Any) -> Latency:
+def _latency(samples_ms: list[float], model: nn.Module, dummy_input: Any, warmup: int) -> Latency:
     p10, median, p90 = np.percentile(samples_ms, [10, 50, 90])
     batched = [tensor for tensor in tensors_in(dummy_input) if tensor.ndim]
+    device = _device_of(model, dummy_input)
+    tensors = (*model.parameters(), *model.buffers(), *tensors_in(dummy_input))
+    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
     return Latency(
         median_ms=float(median),
         p10_ms=float(p10),
         p90_ms=float(p90),
         repeats=len(samples_ms),
         batch=batched[0].shape[0] if batched else 1,
-        device=str(_device_of(model, dummy_input)),
+        device=str(device),
         threads=torch.get_num_threads(),
         samples_ms=tuple(samples_ms),
+        warmup=warmup,
+        dtype=str(dtypes[0]).removeprefix("torch.") if dtypes else "",
+        machine=device_name(device),
+        date=time.strftime("%Y-%m-%d %H:%M %Z"),
     )

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.charts import Curves, save
+from compress.charts.figure import can_draw
 from compress.errors import StateError
 from compress.files import write_atomically
 from compress.measure.table import Table
-from compress.search.plots import can_plot, plot_search
+from compress.search.plots import search_chart
 from compress.search.trials import Trial
 
 
@@ -86,12 +88,47 @@ class SearchResult:
             cost: "params" or "flops".
 
         Raises:
-            SearchError: matplotlib is not installed, or there is no such cost or kind of file.
+            ChartError: matplotlib is not installed, or there is no such kind of file.
+            SearchError: there is no such cost.
         """
-        plot_search(self, path, cost)
+        save(self.chart(cost), path)
+
+    def chart(self, cost: str = "params") -> Curves:
+        """What `plot` draws, as data for `compress.charts`."""
+        return search_chart(self, cost)
 
     def __str__(self) -> str:
         return str(self.table())
+
+    @staticmethod
+    def read(folder: str | os.PathLike[str]) -> SearchResult:
+        """What a search wrote into its ``experiment_data_dir``; without the trials' ``reports``.
+
+        Raises:
+            StateError: there is no such result, or it is another kind of file.
+        """
+        path = Path(folder)
+        try:
+            content = json.loads((path / "search_result.json").read_text())
+            with open(path / "search_history.csv", newline="") as file:
+                trials = tuple(_trial_of(row) for row in csv.DictReader(file))
+            return SearchResult(
+                content["pruner"],
+                content["dense"],
+                trials[content["trial"]],
+                trials,
+                json.loads(content["config_list"]),
+                content["maximize"],
+                content["dense_parameters"],
+                content["dense_flops"],
+                content["uniform"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise StateError(
+                f"{os.fspath(folder)}: no search can be read: {type(error).__name__}: {error}; "
+                "expected a search's experiment_data_dir, with search_result.json and "
+                "search_history.csv"
+            ) from error
 
 
 def write_results(result: SearchResult, folder: str | os.PathLike[str] | None) -> None:
@@ -112,12 +149,17 @@ def write_results(result: SearchResult, folder: str | os.PathLike[str] | None) -
         "dense": result.dense,
         "trial": result.best.number,
         "trials": len(result.trials),
+        "pruner": result.pruner,
+        "maximize": result.maximize,
+        "dense_parameters": result.dense_parameters,
+        "dense_flops": result.dense_flops,
+        "uniform": result.uniform,
     }
     text = json.dumps(content, indent=2)
     try:
         write_atomically(path / "search_history.csv", lambda p: _write_history(result, p))
         write_atomically(path / "search_result.json", lambda p: p.write_text(text + "\n"))
-        if can_plot():
+        if can_draw():
             result.plot(path / "search.png")
     except OSError as error:
         raise StateError(
@@ -138,3 +180,19 @@ def _write_history(result: SearchResult, path: Path) -> None:
             values["config_list"] = json.dumps(trial.sparsities)
             values["metrics"] = json.dumps(trial.metrics)
             writer.writerow({name: values[name] for name in names})
+
+
+def _trial_of(row: dict[str, str]) -> Trial:
+    """What `_write_history` made a line of."""
+    return Trial(
+        number=int(row["number"]),
+        stage=int(row["stage"]),
+        sparsities=json.loads(row["config_list"]),
+        share=float(row["sparsity"]),
+        metrics=json.loads(row["metrics"]),
+        performance=float(row["performance"]),
+        parameters=int(row["parameters"]),
+        flops=float(row["flops"]) if row["flops"] else None,
+        seconds=float(row["seconds"]),
+        stopped=row["stopped"] == "True",
+    )

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.charts import Curves, save
 from compress.errors import SearchError, StateError
 from compress.files import write_atomically
 from compress.measure.table import Table
-from compress.search.plots import plot_sensitivity
+from compress.search.plots import sensitivity_chart
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,13 @@ class Sensitivity:
         """Draw performance over sparsity, a line for each group, in a .png, .svg or .pdf file.
 
         Raises:
-            SearchError: matplotlib is not installed, or there is no such kind of file.
+            ChartError: matplotlib is not installed, or there is no such kind of file.
         """
-        plot_sensitivity(self.performances, self._dense(), path)
+        save(self.chart(), path)
+
+    def chart(self) -> Curves:
+        """What `plot` draws, as data for `compress.charts`."""
+        return sensitivity_chart(self.performances, self.dense)
 
     def export(self, path: str | os.PathLike[str]) -> None:
         """Write a .csv file as NNI's ``SensitivityAnalysis.export`` does, or all of it as .json.

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from compress.charts.figure import can_draw
 from compress.errors import ConfigError, SearchError, StateError
 from compress.evaluator import Evaluator
 from compress.masks import Masks
 from compress.search.base import Found, SearchPruner
 from compress.search.measuring import chosen_metric
-from compress.search.plots import can_plot
 from compress.search.sensitivity import Sensitivity, bearable
 from compress.search.space import Sparsities
 from compress.search.subject import Subject
@@ -252,7 +252,7 @@ class SensitivityPruner(SearchPruner):
         try:
             found.export(folder / "sensitivity.csv")
             found.export(folder / "sensitivity.json")
-            if can_plot():
+            if can_draw():
                 found.plot(folder / "sensitivity.png")
         except OSError as error:
             raise StateError(f"experiment_data_dir: cannot be written: {error}") from error

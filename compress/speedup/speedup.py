@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from compress.errors import SpeedupError
+from compress.graph.channels import ChannelGraph
 from compress.graph.explain import Explanation
 from compress.graph.run import collector_paused
 from compress.graph.walk import leaves_of, wrapped_in
@@ -57,9 +58,10 @@ class ModelSpeedup:
         min_channels: keep at least so many channels in each layer.
         progress: False is no progress bar; there is none where stderr is no terminal.
 
-    ``plan`` (what is done to which parameter) and ``report`` (what goes, what stays and why) may be
-    asked before ``speedup_model``, which then carries that plan out; until then the model is as it
-    was, and may be on the meta device. ``masks`` are those of what is left, to go on training with.
+    ``plan`` (what is done to which parameter), ``report`` (what goes, what stays and why) and
+    ``graph`` may be asked before ``speedup_model``, which then carries that plan out; until then
+    the model is as it was, and may be on the meta device. ``masks`` are those of what is left, to
+    go on training with.
 
     Errors: ``MaskError`` for masks that do not fit the model, ``TraceError`` where the model does
     not run on ``dummy_input``, ``VerificationError`` where the small model would differ,
@@ -103,6 +105,7 @@ class ModelSpeedup:
         self._make_report: Callable[[], Report] | None = None  # reasons take longer than the cut
         self._explain: Callable[[str, int], Explanation] | None = None
         self._cutter: Cutter | None = None
+        self._graph: ChannelGraph | None = None
         self._done = False
         self._masks: Masks | None = None
 
@@ -123,6 +126,14 @@ class ModelSpeedup:
             self._plan_only()
         assert self._plan is not None
         return self._plan
+
+    @property
+    def graph(self) -> ChannelGraph:
+        """The channel graph that the plan is of: of the model as it was."""
+        if self._plan is None:
+            self._plan_only()
+        assert self._graph is not None
+        return self._graph
 
     def why(self, layer: str, channel: int) -> Explanation:
         """Why a unit of a layer goes or stays under the masks; prints as a sentence.
@@ -247,7 +258,7 @@ class ModelSpeedup:
         """Keep what the report and later questions need."""
         decision, plan = cut.decision, cut.plan
         decision.knowledge.forget()
-        self._report = None
+        self._graph, self._report = decision.graph, None
         self._make_report = partial(make_report, decision, plan, flat, counts, error, planned)
         self._explain = partial(explain_decision, decision, flat)
 
