@@ -11,6 +11,8 @@ import torch
 import zoo
 import zoo_models
 
+from compress import L1FilterPruner
+
 # The largest share of the parameters that may be left where half of the filters of each layer are
 # masked, every layer by itself, and with coupled layers together.
 TIMM = {
