@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 import zoo_models
+import zoo_table
 
 from compress import L1FilterPruner
 
@@ -57,7 +58,7 @@ def test_a_model_of_a_library_is_exact_shrinks_and_trains(name, capsys):
     for mode, bound in zip(("normal", "dependency_aware"), MODELS[name], strict=True):
         run.shrink(mode)
         found = run.record[mode]
-        assert zoo.exact(found), (found["error"], found.get("error64"))
+        assert zoo_table.exact(found), (found["error"], found.get("error64"))
         assert "refused" not in found
         assert found["blind"] is None
         assert found["trains"] is True

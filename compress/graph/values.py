@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-LARGEST = 2**20  # entries of a tensor: an image is worth it, a batch of volumes is not
+LARGEST = 2**18  # entries of a tensor: those of an image, and all are kept for as long as the run
 
 
 class InputValues:
