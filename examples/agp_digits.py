@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _digits import DigitNet, Digits, parser, sgd
+from _digits import DigitNet, Digits, sgd
+from _train import parser
 from torch.nn import functional as F
 
 from compress import AGPPruner
@@ -26,7 +27,7 @@ def main() -> None:
     options.add_argument("--tensorboard", metavar="DIR", help="a folder to log to")
     args = options.parse_args()
     torch.manual_seed(args.seed)
-    data, model = Digits(args.quick), DigitNet()
+    data, model = Digits(args.quick, args.device), DigitNet().to(args.device)
     optimizer = sgd(model.parameters())
     types = ["BatchNorm2d"] if args.algorithm == "slim" else ["Conv2d"]
     config_list = [{"initial_sparsity": 0.0, "final_sparsity": args.sparsity, "start_epoch": 2,
@@ -42,7 +43,7 @@ def main() -> None:
         losses = []
         for images, labels in data.loader:
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(images.to(args.device)), labels.to(args.device))
             loss.backward()
             optimizer.step()
             losses.append(loss.item())

@@ -12,10 +12,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from _digits import DigitNet, Digits, parser, sgd
+from _digits import DigitNet, Digits, sgd
+from _train import comparison, parser
 
 from compress import Evaluator, IterativePruner
-from compress.measure import compare, table
 from compress.schedule.schedules import SCHEDULES
 from compress.training import Distillation, recalibrate_batch_norms
 
@@ -28,7 +28,7 @@ def main() -> None:
     options.add_argument("--state", metavar="FILE", help="to stop and go on with")
     args = options.parse_args()
     torch.manual_seed(args.seed)
-    data, dense = Digits(args.quick), DigitNet()
+    data, dense = Digits(args.quick, args.device), DigitNet().to(args.device)
     data.fit(dense, 2 * args.epochs)
     model = copy.deepcopy(dense)
     teaching = Evaluator(
@@ -48,9 +48,7 @@ def main() -> None:
         found.append(data.accuracy(model))
         channels = f"{model.conv1.out_channels}, {model.conv2.out_channels}"
         print(f"{number:5d}  {channels:>8}  {found[0]:7.2%}  {found[1]:12.2%}  {found[2]:7.2%}")
-    measured = compare({"dense": dense, "small": model}, data.sample)
-    accuracies = {"dense": data.accuracy(dense), "small": data.accuracy(model)}
-    print(table(measured, {"accuracy": {n: f"{a:.2%}" for n, a in accuracies.items()}}))
+    print(comparison({"dense": dense, "small": model}, data.sample, data.accuracy))
 
 
 if __name__ == "__main__":

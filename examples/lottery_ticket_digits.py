@@ -11,7 +11,8 @@ Each round masks more single weights of the trained network, rewinds the rest an
 from __future__ import annotations
 
 import torch
-from _digits import DigitNet, Digits, parser, sgd
+from _digits import DigitNet, Digits, sgd
+from _train import parser
 
 from compress import LotteryTicketPruner
 from compress.training import fine_tune
@@ -24,7 +25,7 @@ def main() -> None:
     options.add_argument("--rewind-step", type=int, default=0)
     args = options.parse_args()
     torch.manual_seed(args.seed)
-    data, model = Digits(args.quick), DigitNet()
+    data, model = Digits(args.quick, args.device), DigitNet().to(args.device)
     optimizer = sgd(model.parameters())
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     pruner = LotteryTicketPruner(
@@ -37,7 +38,7 @@ def main() -> None:
             fine_tune(model, data.evaluator, 1, optimizer=optimizer)
             scheduler.step()
         torch.manual_seed(args.seed + 1000 + number)
-        other = DigitNet()
+        other = DigitNet().to(args.device)
         pruner.masks.apply(other)
         data.fit(other, args.epochs)
         left, found = 1 - pruner.masks.sparsity, (data.accuracy(model), data.accuracy(other))

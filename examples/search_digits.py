@@ -32,16 +32,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from _digits import DigitNet, Digits, parser
+from _digits import DigitNet, Digits
+from _train import comparison, parser
 from torch import nn
 
-from compress import (
-    GlobalPruner,
-    ModelSpeedup,
-    NetAdaptPruner,
-    SimulatedAnnealingPruner,
-)
-from compress.measure import compare, table
+from compress import GlobalPruner, ModelSpeedup, NetAdaptPruner, SimulatedAnnealingPruner
 from compress.search import SearchPruner
 
 CONVOLUTIONS = [{"op_types": ["Conv2d"]}]
@@ -55,7 +50,7 @@ def main() -> None:
     options.add_argument("--folder", help="for the journal, to stop and go on")
     args = options.parse_args()
     torch.manual_seed(args.seed)
-    data, model = Digits(args.quick), DigitNet()
+    data, model = Digits(args.quick, args.device), DigitNet().to(args.device)
     data.fit(model, args.epochs)
 
     pruner = search(args.search, model, data, args.flops, args.folder)
@@ -73,15 +68,16 @@ def main() -> None:
     data.fit(uniform, args.epochs)
 
     models = {"dense": dense, "searched": small, "uniform": uniform}
-    accuracies = {name: f"{data.accuracy(each):.2%}" for name, each in models.items()}
-    print(table(compare(models, data.sample), {"accuracy": accuracies}))
+    print(comparison(models, data.sample, data.accuracy))
 
 
 def search(
     name: str, model: nn.Module, data: Digits, flops: float, folder: str | None
 ) -> SearchPruner:
     """A search for where so many FLOPs can go."""
-    images, labels = (tensor[-EVALUATED:] for tensor in data.evaluator.train_loader.dataset.tensors)  # type: ignore[union-attr]
+    images, labels = (
+        part[-EVALUATED:].to(data.sample.device) for part in (data.images, data.labels)
+    )
 
     def evaluate(model: nn.Module) -> float:
         with torch.no_grad():
