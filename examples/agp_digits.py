@@ -1,10 +1,21 @@
 """Automated gradual pruning while a network trains on digits (Zhu & Gupta 2017).
 
+    pip install compress-torch[demo]
     python examples/agp_digits.py
     python examples/agp_digits.py --algorithm l1 --sparsity 0.5 --tensorboard runs
 
-Single weights go by default; l1, l2, fpgm take whole filters. With --tensorboard (pip install
-tensorboard) sparsity, loss and accuracy of each epoch are written for it.
+Single weights go by default; l1, l2, fpgm take whole filters. With --tensorboard sparsity, loss and
+accuracy of each epoch are written for it. The first command prints, in ten seconds on one core::
+
+    epoch  sparsity    loss  accuracy
+        0     0.00%   1.229    87.22%
+        2     0.00%   0.109    90.00%
+      …
+        6    74.56%   0.070    97.50%
+        8    86.65%   0.133    94.72%
+       10    89.86%   0.069    98.33%
+       14    89.99%   0.024    99.17%
+    8,423 of 10,138 parameters are 0
 """
 
 from __future__ import annotations

@@ -1,12 +1,23 @@
 """Prune the backbone of a detector: handwritten digits, found on a canvas.
 
+    pip install compress-torch[demo]
     python examples/detector.py
     python examples/detector.py --sparsity 0.3
 
 torchvision's FCOS, with a small backbone and two levels of a feature pyramid, is trained from
 nothing on scenes that are drawn on the spot. Its outputs, boxes, depend on the data: the speedup
 checks them nevertheless, and the small detector finds the same boxes as the masked one. F1 counts
-a digit as found where a box of its class covers it by half (intersection over union).
+a digit as found where a box of its class covers it by half (intersection over union). The first
+command prints, in a minute on one core::
+
+    489,456 -> 298,816 parameters (61.1% left), largest difference to the masked model 2.9e-07
+                       F1     parameters       mult-adds   size MB   latency ms (p10–p90)
+     ─────────────────────────────────────────────────────────────────────────────────────
+      dense        93.68%         0.49 M         40.80 M      1.96       5.79 (3.26–8.31)
+      masked        4.17%         0.49 M         40.80 M      1.96       8.62 (4.63–9.97)
+      small         4.17%   0.30 M (61%)   22.00 M (54%)      1.20       3.08 (2.25–7.65)
+      fine-tuned   92.42%   0.30 M (61%)   22.00 M (54%)      1.20       2.98 (2.30–7.56)
+    latency: median of 50 passes, batch 1, cpu, 1 thread
 """
 
 from __future__ import annotations

@@ -1,10 +1,24 @@
 """The whole road on real images: train, mask, shrink, fine-tune, and compare.
 
+    pip install compress-torch[demo]
     python examples/digits_resnet18.py
     python examples/digits_resnet18.py --data cifar10 --data-dir ~/data --epochs 30 --device cuda
 
 The last row of the table is the question to ask of every pruned model: would the small network,
-trained from scratch for as many epochs in total, have done as well?
+trained from scratch for as many epochs in total, have done as well? The first command prints, in
+two minutes on one core::
+
+    dense         epoch 6/6  loss 0.001  test accuracy 97.78%   54.9 s
+    fine-tuned    epoch 3/3  loss 0.008  test accuracy 98.06%    9.6 s
+    from scratch  epoch 9/9  loss 0.001  test accuracy 99.17%   28.1 s
+                     accuracy     parameters       mult-adds   size MB   latency ms (p10–p90)
+     ─────────────────────────────────────────────────────────────────────────────────────────
+      dense            97.78%        11.17 M        138.57 M     44.73    13.51 (12.93–15.64)
+      masked            9.72%        11.17 M        138.57 M     44.73    21.77 (20.58–27.66)
+      small             9.72%   1.80 M (16%)   22.66 M (16%)      7.23       2.75 (2.63–3.18)
+      fine-tuned       98.06%   1.80 M (16%)   22.66 M (16%)      7.23       2.79 (2.67–3.04)
+      from scratch     99.17%   1.80 M (16%)   22.66 M (16%)      7.23       2.84 (2.69–3.42)
+    latency: median of 50 passes, batch 1, cpu, 1 thread
 """
 
 from __future__ import annotations
