@@ -1,12 +1,24 @@
 """Prune the hidden units of an LSTM, with masks by hand: digits, read row by row.
 
+    pip install compress-torch[demo]
     python examples/lstm_digits.py
     python examples/lstm_digits.py --sparsity 0.75
 
 A hidden unit of a layer is a row of each of its four gates. `hidden_units` masks the units whose
 weights are smallest, and speedup takes all that goes with them: their columns in the recurrent
 weights and in the layer that reads them. The pruners score convolutions and linear layers; for
-other modules masks like these are all it takes.
+other modules masks like these are all it takes. The first command prints, in ten seconds on one
+core::
+
+    116,170 -> 30,442 parameters (26.2% left), largest difference to the masked model 5.9e-08
+    hidden units: 48 of 96
+                   accuracy      parameters      mult-adds   size MB   latency ms (p10–p90)
+     ───────────────────────────────────────────────────────────────────────────────────────
+      dense          97.78%          0.12 M         0.92 M      0.46       0.19 (0.18–0.26)
+      masked         78.06%          0.12 M         0.92 M      0.46       0.88 (0.75–2.01)
+      small          78.06%   30.44 k (26%)   0.24 M (26%)      0.12       0.15 (0.14–0.24)
+      fine-tuned     96.11%   30.44 k (26%)   0.24 M (26%)      0.12       0.14 (0.13–0.28)
+    latency: median of 50 passes, batch 1, cpu, 1 thread
 """
 
 from __future__ import annotations

@@ -4,7 +4,20 @@
     python examples/vit_heads.py
     python examples/vit_heads.py --sparsity 0.75
 
-`heads="auto"` takes whole heads, so that those that stay are as wide as before.
+`heads="auto"` takes whole heads, so that those that stay are as wide as before. The first command
+prints, in half a minute on one core::
+
+    dense         epoch 24/24  loss 0.015  test accuracy 97.22%   37.7 s
+    fine-tuned    epoch 8/8  loss 0.015  test accuracy 96.39%   15.0 s
+    dense: 8×8 + 256, 8×8 + 256, 8×8 + 256, 8×8 + 256
+    small: 4×8 + 128, 4×8 + 128, 4×8 + 128, 4×8 + 128
+                   accuracy     parameters      mult-adds   size MB   latency ms (p10–p90)
+     ──────────────────────────────────────────────────────────────────────────────────────
+      dense          97.22%         0.20 M         0.22 M      0.81      0.71 (0.63–13.25)
+      masked         94.72%         0.20 M         0.22 M      0.81      1.96 (1.37–14.32)
+      small          94.72%   0.10 M (51%)   0.12 M (55%)      0.42      0.62 (0.54–13.07)
+      fine-tuned     96.39%   0.10 M (51%)   0.12 M (55%)      0.42      0.61 (0.54–11.66)
+    latency: median of 50 passes, batch 1, cpu, 1 thread
 """
 
 from __future__ import annotations
