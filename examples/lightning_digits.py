@@ -1,8 +1,8 @@
 """Prune a LightningModule: its own data, loss, optimizer and Trainer do the work.
 
-pip install compress-torch[lightning,demo]
-python examples/lightning_digits.py
-python examples/lightning_digits.py --pruner slim
+    pip install compress-torch[lightning,demo]
+    python examples/lightning_digits.py
+    python examples/lightning_digits.py --pruner slim
 
 `taylor` only measures: with the module's loss, on its batches. `slim` trains before it prunes, in
 the Trainer's loop. They print, each in half a minute on one core::

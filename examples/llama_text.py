@@ -77,18 +77,10 @@ def main() -> None:
 
 def llama(letters: int, length: int) -> nn.Module:
     config = LlamaConfig(
-        vocab_size=letters,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=2 * length,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+        vocab_size=letters, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True,
+        max_position_embeddings=2 * length, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
     return LlamaForCausalLM(config)
 
 

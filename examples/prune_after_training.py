@@ -1,5 +1,6 @@
 """Prune a trained network: mask, shrink, fine-tune.
 
+    pip install compress-torch[demo]
     python examples/prune_after_training.py
     python examples/prune_after_training.py --pruner taylor --sparsity 0.7
 

@@ -1,5 +1,6 @@
 """Prune a network before it is trained, by its first gradients.
 
+    pip install compress-torch[demo]
     python examples/prune_before_training.py
     python examples/prune_before_training.py --pruner grasp --sparsity 0.98
 

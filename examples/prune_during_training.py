@@ -1,5 +1,6 @@
 """Prune a network while it is trained: a penalty makes filters small, and those go.
 
+    pip install compress-torch[demo]
     python examples/prune_during_training.py
     python examples/prune_during_training.py --method group-lasso
 

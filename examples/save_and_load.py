@@ -1,5 +1,6 @@
 """Prune twice, save the small model, and load it in a program that knows only its class.
 
+    pip install compress-torch[demo]
     python examples/save_and_load.py
     python examples/save_and_load.py --file small.safetensors
 

@@ -7,8 +7,8 @@
 `heads="auto"` takes whole heads, so that those that stay are as wide as before. The first command
 prints, in half a minute on one core::
 
-    dense         epoch 24/24  loss 0.015  test accuracy 97.22%   37.7 s
-    fine-tuned    epoch 8/8  loss 0.015  test accuracy 96.39%   15.0 s
+    dense         epoch 24/24  loss 0.015  test accuracy 97.22%
+    fine-tuned    epoch 8/8  loss 0.015  test accuracy 96.39%
     dense: 8×8 + 256, 8×8 + 256, 8×8 + 256, 8×8 + 256
     small: 4×8 + 128, 4×8 + 128, 4×8 + 128, 4×8 + 128
                    accuracy     parameters      mult-adds   size MB   latency ms (p10–p90)

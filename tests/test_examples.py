@@ -232,3 +232,12 @@ def test_a_row_of_the_benchmark():
     ]
     raw[peer] = [{"error": "not done in 1 s"}]
     assert speedup_time.row("net", raw)[2:4] == ["not done in 1 s", "nan"]
+
+
+def test_every_example_is_short_in_the_index_and_run_by_a_test():
+    index = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("*.py"))
+    for file in sorted((ROOT / "examples").glob("[a-z]*.py")):
+        assert f"[{file.name}]({file.name})" in index
+        assert file.name in tests or file.name.startswith("prune_"), file.name
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 150, file.name
