@@ -4,7 +4,13 @@
     python examples/transformers_trainer.py
 
 The Trainer's model, data, collator and loss are those that the pruner measures with. Model and text
-are those of `bert_text.py`: docstrings of Python's standard library, in six topics.
+are those of `bert_text.py`: docstrings of Python's standard library, in six topics. It prints, in a
+minute on one core::
+
+    dense          301,894 parameters    78.18% right
+    masked         301,894 parameters    75.45% right
+    small          219,270 parameters    75.45% right
+    fine-tuned     219,270 parameters    78.18% right
 """
 
 from __future__ import annotations
