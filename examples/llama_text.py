@@ -4,9 +4,18 @@
     python examples/llama_text.py
     python examples/llama_text.py --sparsity 0.25 --folder small-llama
 
-The model writes letter by letter; the text is the reference of the Python language, its last tenth
-the test. It is a small Llama with grouped-query attention, made of its config and trained from
-nothing. The pruned one is saved as transformers saves models, and loaded as from the hub.
+It is a small Llama with grouped-query attention, made of its config and trained from nothing to
+write the reference of the Python language letter by letter; the last tenth is the test. The pruned
+one is saved as transformers saves models, and loaded. It prints, in a minute on a busy core::
+
+                   perplexity   read/s   written/s      parameters   …   latency ms (p10–p90)
+     ──────────────────────────────────────────────────────────────────────────────────────────
+      dense              7.17   21,981         481          0.16 M   …       5.82 (2.04–6.98)
+      small             22.84   63,801         641   87.23 k (54%)   …       2.01 (1.32–6.07)
+      fine-tuned         6.86   65,987         844   87.23 k (54%)   …       1.94 (1.36–6.27)
+    num_attention_heads: 8 -> 4
+    num_key_value_heads: 4 -> 2
+    loaded: perplexity 6.86; it writes: …
 """
 
 from __future__ import annotations
