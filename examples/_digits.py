@@ -1,17 +1,17 @@
-"""What the examples on digits share: a small network, batches, accuracy and training."""
+"""What the examples on 8×8 digits share that train with an Evaluator."""
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 from _data import digits
+from _train import QUICK, accuracy, train_with
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from compress import Evaluator
-from compress.training import fine_tune
 
 
 class DigitNet(nn.Module):
@@ -31,42 +31,31 @@ class DigitNet(nn.Module):
 
 
 class Digits:
-    """The digits at 8×8: an `Evaluator` to train with, and the accuracy on the test images."""
+    """An `Evaluator` to train with, and the accuracy on the test images.
 
-    def __init__(self, quick: bool) -> None:
+    ``images`` and ``labels`` are those to train with, ``sample`` is one image, on the device.
+    """
+
+    def __init__(self, quick: bool, device: str) -> None:
         data = digits(size=8)
-        images, labels = data.train.tensors  # type: ignore[attr-defined]
-        train = torch.utils.data.TensorDataset(images[:256] if quick else images,
-                                               labels[:256] if quick else labels)  # fmt: skip
-        self.test = data.test.tensors  # type: ignore[attr-defined]
-        self.sample = images[:1]
-        self.loader = torch.utils.data.DataLoader(train, batch_size=64, shuffle=True)
+        self.images, self.labels = (
+            each[:QUICK] if quick else each
+            for each in data.train.tensors  # type: ignore[attr-defined]
+        )
+        self.sample = self.images[:1].to(device)
+        train = TensorDataset(self.images, self.labels)
+        self.loader = DataLoader(train, batch_size=64, shuffle=True)
+        self.test = DataLoader(data.test, batch_size=256)
         self.evaluator = Evaluator(self.loader, F.cross_entropy, sgd)
 
     def accuracy(self, model: nn.Module) -> float:
         """The fraction of the test images that ``model`` tells right."""
-        training = model.training
-        images, labels = self.test
-        with torch.no_grad():
-            right = model.eval()(images).argmax(1) == labels
-        model.train(training)
-        return float(right.float().mean())
+        return accuracy(model, self.test)
 
     def fit(self, model: nn.Module, epochs: int, evaluator: Evaluator | None = None) -> None:
-        """Train under a cosine schedule that begins anew."""
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR
-        used = self.evaluator if evaluator is None else evaluator
-        fine_tune(model, used, epochs, schedule=lambda optimizer: cosine(optimizer, epochs))
+        """Train with this evaluator, or with another."""
+        train_with(self.evaluator if evaluator is None else evaluator, model, epochs)
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
-
-
-def parser(description: str | None, epochs: int) -> argparse.ArgumentParser:
-    """The options that all have."""
-    found = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    found.add_argument("--epochs", type=int, default=epochs)
-    found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--quick", action="store_true", help="256 images: does it work?")
-    return found

@@ -1,10 +1,21 @@
 """Automated gradual pruning while a network trains on digits (Zhu & Gupta 2017).
 
+    pip install compress-torch[demo]
     python examples/agp_digits.py
     python examples/agp_digits.py --algorithm l1 --sparsity 0.5 --tensorboard runs
 
-Single weights go by default; l1, l2, fpgm take whole filters. With --tensorboard (pip install
-tensorboard) sparsity, loss and accuracy of each epoch are written for it.
+Single weights go by default; l1, l2, fpgm take whole filters. With --tensorboard sparsity, loss and
+accuracy of each epoch are written for it. The first command prints, in ten seconds on one core::
+
+    epoch  sparsity    loss  accuracy
+        0     0.00%   1.229    87.22%
+        2     0.00%   0.109    90.00%
+      …
+        6    74.56%   0.070    97.50%
+        8    86.65%   0.133    94.72%
+       10    89.86%   0.069    98.33%
+       14    89.99%   0.024    99.17%
+    8,423 of 10,138 parameters are 0
 """
 
 from __future__ import annotations
@@ -12,7 +23,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _digits import DigitNet, Digits, parser, sgd
+from _digits import DigitNet, Digits, sgd
+from _train import parser
 from torch.nn import functional as F
 
 from compress import AGPPruner
@@ -26,7 +38,7 @@ def main() -> None:
     options.add_argument("--tensorboard", metavar="DIR", help="a folder to log to")
     args = options.parse_args()
     torch.manual_seed(args.seed)
-    data, model = Digits(args.quick), DigitNet()
+    data, model = Digits(args.quick, args.device), DigitNet().to(args.device)
     optimizer = sgd(model.parameters())
     types = ["BatchNorm2d"] if args.algorithm == "slim" else ["Conv2d"]
     config_list = [{"initial_sparsity": 0.0, "final_sparsity": args.sparsity, "start_epoch": 2,
@@ -42,7 +54,7 @@ def main() -> None:
         losses = []
         for images, labels in data.loader:
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(images.to(args.device)), labels.to(args.device))
             loss.backward()
             optimizer.step()
             losses.append(loss.item())

@@ -1,10 +1,24 @@
 """The whole road on real images: train, mask, shrink, fine-tune, and compare.
 
+    pip install compress-torch[demo]
     python examples/digits_resnet18.py
     python examples/digits_resnet18.py --data cifar10 --data-dir ~/data --epochs 30 --device cuda
 
 The last row of the table is the question to ask of every pruned model: would the small network,
-trained from scratch for as many epochs in total, have done as well?
+trained from scratch for as many epochs in total, have done as well? The first command prints, in
+two minutes on one core::
+
+    dense         epoch 6/6  loss 0.001  test accuracy 97.78%   54.9 s
+    fine-tuned    epoch 3/3  loss 0.008  test accuracy 98.06%    9.6 s
+    from scratch  epoch 9/9  loss 0.001  test accuracy 99.17%   28.1 s
+                     accuracy     parameters       mult-adds   size MB   latency ms (p10–p90)
+     ─────────────────────────────────────────────────────────────────────────────────────────
+      dense            97.78%        11.17 M        138.57 M     44.73    13.51 (12.93–15.64)
+      masked            9.72%        11.17 M        138.57 M     44.73    21.77 (20.58–27.66)
+      small             9.72%   1.80 M (16%)   22.66 M (16%)      7.23       2.75 (2.63–3.18)
+      fine-tuned       98.06%   1.80 M (16%)   22.66 M (16%)      7.23       2.79 (2.67–3.04)
+      from scratch     99.17%   1.80 M (16%)   22.66 M (16%)      7.23       2.84 (2.69–3.42)
+    latency: median of 50 passes, batch 1, cpu, 1 thread
 """
 
 from __future__ import annotations
@@ -15,18 +29,17 @@ import copy
 import torch
 import torchvision
 from _data import Images, cifar10, digits, image_folder
-from _train import accuracy, fit, loaders
+from _train import accuracy, comparison, fit, loaders, parser
 from torch import nn
 
 from compress import L1FilterPruner, ModelSpeedup
-from compress.measure import compare, table
 
 
 def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     data = images(args)
-    train, test = loaders(data, 128 if args.quick else None)
+    train, test = loaders(data, args.quick)
     example = data.test[0][0].unsqueeze(0).to(args.device)
     fine_tuning = (args.epochs + 1) // 2
 
@@ -51,9 +64,7 @@ def main() -> None:
     epochs = args.epochs + fine_tuning
     models["from scratch"] = fit("from scratch", scratch, train, test, epochs, lr=0.05)
 
-    accuracies = {name: f"{accuracy(each, test):.2%}" for name, each in models.items()}
-    torch.set_num_threads(1)  # latencies on shared cores are steadiest so
-    print(table(compare(models, example), {"accuracy": accuracies}))
+    print(comparison(models, example, lambda each: accuracy(each, test)))
 
 
 def resnet18(channels: int, classes: int) -> nn.Module:
@@ -80,15 +91,11 @@ def images(args: argparse.Namespace) -> Images:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", choices=["digits", "cifar10", "folder"], default="digits")
-    parser.add_argument("--data-dir", default="data", help="where cifar10 or folder data lies")
-    parser.add_argument("--epochs", type=int, default=6, help="for dense; half of it to fine-tune")
-    parser.add_argument("--sparsity", type=float, default=0.6, help="of filters in each layer")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="128 images: does it run?")
-    return parser.parse_args()
+    options = parser(__doc__, epochs=6)
+    options.add_argument("--data", choices=["digits", "cifar10", "folder"], default="digits")
+    options.add_argument("--data-dir", default="data", help="where cifar10 or folder data lies")
+    options.add_argument("--sparsity", type=float, default=0.6, help="of filters in each layer")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Prune a LightningModule: its own data, loss, optimizer and Trainer do the work.
 
-pip install compress-torch[lightning,demo]
-python examples/lightning_digits.py
-python examples/lightning_digits.py --pruner slim
+    pip install compress-torch[lightning,demo]
+    python examples/lightning_digits.py
+    python examples/lightning_digits.py --pruner slim
 
 `taylor` only measures: with the module's loss, on its batches. `slim` trains before it prunes, in
 the Trainer's loop. They print, each in half a minute on one core::
@@ -27,7 +27,7 @@ import warnings
 import lightning.pytorch as lightning
 import torch
 from _data import digits
-from _train import accuracy, loaders, resnet8
+from _train import accuracy, loaders, parser, resnet8
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -55,9 +55,9 @@ class Classifier(lightning.LightningModule):
 
 
 class Digits(lightning.LightningDataModule):
-    def __init__(self, images: int | None) -> None:
+    def __init__(self, quick: bool) -> None:
         super().__init__()
-        self.train, self.test = loaders(digits(size=8), images)
+        self.train, self.test = loaders(digits(size=8), quick)
 
     def train_dataloader(self) -> DataLoader:
         return self.train
@@ -66,10 +66,10 @@ class Digits(lightning.LightningDataModule):
 def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
-    module, data = Classifier(), Digits(args.images)
+    module, data = Classifier(), Digits(args.quick)
     example = torch.zeros(1, 1, 8, 8)
 
-    trainer(args.epochs).fit(module, datamodule=data)
+    trainer(args, args.epochs).fit(module, datamodule=data)
     report("dense", module, data)
 
     options = {"mode": "dependency_aware", "dummy_input": example}
@@ -79,7 +79,7 @@ def main() -> None:
         pruner = TaylorFOWeightFilterPruner(module, config_list, evaluator, **options)
     else:  # trains, in the Trainer's loop
         config_list = [{"sparsity": 0.6, "op_types": ["BatchNorm2d"]}]
-        evaluator = LightningEvaluator(module, data, trainer=trainer(1))
+        evaluator = LightningEvaluator(module, data, trainer=trainer(args, 1))
         pruner = SlimPruner(
             module, config_list, evaluator, training_epochs=args.epochs, scale=1e-2, **options
         )
@@ -89,14 +89,15 @@ def main() -> None:
     module = ModelSpeedup(module, example, masks).speedup_model()
     report("small", module, data)
 
-    trainer(args.fine_tuning_epochs).fit(module, datamodule=data)
+    trainer(args, args.fine_tuning_epochs).fit(module, datamodule=data)
     report("fine-tuned", module, data)
 
 
-def trainer(epochs: int) -> lightning.Trainer:
+def trainer(args: argparse.Namespace, epochs: int) -> lightning.Trainer:
+    """Between two trainings the module is on the CPU, where the Trainer leaves it."""
     return lightning.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
+        accelerator="gpu" if args.device.startswith("cuda") else args.device,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -112,13 +113,9 @@ def report(name: str, module: Classifier, data: Digits) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pruner", choices=["taylor", "slim"], default="taylor")
-    parser.add_argument("--epochs", type=int, default=4, help="before pruning; with slim again")
-    parser.add_argument("--fine-tuning-epochs", type=int, default=2)
-    parser.add_argument("--images", type=int, help="to train with; all, by default")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser(__doc__, epochs=4, fine_tuning=2)
+    options.add_argument("--pruner", choices=["taylor", "slim"], default="taylor")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

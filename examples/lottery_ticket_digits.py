@@ -1,17 +1,28 @@
 """Winning tickets on digits: sparse networks that train well from their first weights, not others.
 
+    pip install compress-torch[demo]
     python examples/lottery_ticket_digits.py
     python examples/lottery_ticket_digits.py --rewind-step 20
 
 Each round masks more single weights of the trained network, rewinds the rest and trains again
 (Frankle & Carbin 2019). Beside each ticket: the same masks on weights drawn anew. With
---rewind-step the weights are those after so many steps (Frankle et al. 2020).
+--rewind-step the weights are those after so many steps (Frankle et al. 2020). The first command
+prints, in a quarter of a minute on one core::
+
+    round  weights left    ticket  drawn anew
+        0        100.0%    99.17%      98.89%
+        1         49.6%    98.89%      98.61%
+        2         24.6%    99.44%      98.89%
+        3         12.2%    99.44%      95.83%
+        4          6.1%    97.50%      95.83%
+        5          3.0%    86.67%      64.44%
 """
 
 from __future__ import annotations
 
 import torch
-from _digits import DigitNet, Digits, parser, sgd
+from _digits import DigitNet, Digits, sgd
+from _train import parser
 
 from compress import LotteryTicketPruner
 from compress.training import fine_tune
@@ -24,7 +35,7 @@ def main() -> None:
     options.add_argument("--rewind-step", type=int, default=0)
     args = options.parse_args()
     torch.manual_seed(args.seed)
-    data, model = Digits(args.quick), DigitNet()
+    data, model = Digits(args.quick, args.device), DigitNet().to(args.device)
     optimizer = sgd(model.parameters())
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     pruner = LotteryTicketPruner(
@@ -37,7 +48,7 @@ def main() -> None:
             fine_tune(model, data.evaluator, 1, optimizer=optimizer)
             scheduler.step()
         torch.manual_seed(args.seed + 1000 + number)
-        other = DigitNet()
+        other = DigitNet().to(args.device)
         pruner.masks.apply(other)
         data.fit(other, args.epochs)
         left, found = 1 - pruner.masks.sparsity, (data.accuracy(model), data.accuracy(other))

@@ -1,5 +1,6 @@
 """Prune a trained network: mask, shrink, fine-tune.
 
+    pip install compress-torch[demo]
     python examples/prune_after_training.py
     python examples/prune_after_training.py --pruner taylor --sparsity 0.7
 
@@ -23,20 +24,19 @@ import copy
 
 import torch
 from _data import digits
-from _train import accuracy, fit, loaders, resnet8
+from _train import accuracy, comparison, fit, loaders, parser, resnet8
 
 from compress import Evaluator, L1FilterPruner, ModelSpeedup, TaylorFOWeightFilterPruner
-from compress.measure import compare, table
 
 
 def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     data = digits(size=8)
-    train, test = loaders(data, args.images)
-    example = data.test[0][0].unsqueeze(0)
+    train, test = loaders(data, args.quick)
+    example = data.test[0][0].unsqueeze(0).to(args.device)
 
-    model = fit("dense", resnet8(classes=data.classes), train, test, args.epochs)
+    model = fit("dense", resnet8().to(args.device), train, test, args.epochs)
     models = {"dense": copy.deepcopy(model)}
 
     config_list = [{"sparsity": args.sparsity, "op_types": ["Conv2d"]}]
@@ -54,19 +54,14 @@ def main() -> None:
 
     models["fine-tuned"] = fit("fine-tuned", small, train, test, args.fine_tuning_epochs, lr=0.02)
 
-    accuracies = {name: f"{accuracy(each, test):.2%}" for name, each in models.items()}
-    print(table(compare(models, example), {"accuracy": accuracies}))
+    print(comparison(models, example, lambda each: accuracy(each, test)))
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pruner", choices=["l1", "taylor"], default="l1")
-    parser.add_argument("--sparsity", type=float, default=0.6, help="of the filters of each layer")
-    parser.add_argument("--epochs", type=int, default=5, help="before pruning")
-    parser.add_argument("--fine-tuning-epochs", type=int, default=2)
-    parser.add_argument("--images", type=int, help="to train with; all, by default")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser(__doc__, epochs=5, fine_tuning=2)
+    options.add_argument("--pruner", choices=["l1", "taylor"], default="l1")
+    options.add_argument("--sparsity", type=float, default=0.6, help="of the filters of each layer")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Prune a network before it is trained, by its first gradients.
 
+    pip install compress-torch[demo]
     python examples/prune_before_training.py
     python examples/prune_before_training.py --pruner grasp --sparsity 0.98
 
@@ -26,21 +27,20 @@ import copy
 
 import torch
 from _data import digits
-from _train import accuracy, fit, loaders, resnet8
+from _train import accuracy, comparison, fit, loaders, parser, resnet8
 
 from compress import Evaluator, GraSPPruner, ModelSpeedup, SNIPFilterPruner, SNIPPruner
-from compress.measure import compare, table
 
 
 def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     data = digits(size=8)
-    train, test = loaders(data, args.images)
-    example = data.test[0][0].unsqueeze(0)
+    train, test = loaders(data, args.quick)
+    example = data.test[0][0].unsqueeze(0).to(args.device)
     evaluator = Evaluator(train, torch.nn.functional.cross_entropy)
 
-    model = resnet8(classes=data.classes)
+    model = resnet8().to(args.device)
     models = {"dense": fit("dense", copy.deepcopy(model), train, test, args.epochs)}
 
     if args.pruner == "snip-filters":
@@ -59,19 +59,15 @@ def main() -> None:
         fit("pruned first", model, train, test, args.epochs)
         models["pruned first"] = ModelSpeedup(model, example, masks).speedup_model()
 
-    accuracies = {name: f"{accuracy(each, test):.2%}" for name, each in models.items()}
-    print(table(compare(models, example), {"accuracy": accuracies}))
+    print(comparison(models, example, lambda each: accuracy(each, test)))
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options = parser(__doc__, epochs=5)
     kinds = ["snip-filters", "snip", "grasp"]
-    parser.add_argument("--pruner", choices=kinds, default="snip-filters")
-    parser.add_argument("--sparsity", type=float, default=0.6, help="of filters, or of weights")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--images", type=int, help="to train with; all, by default")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options.add_argument("--pruner", choices=kinds, default="snip-filters")
+    options.add_argument("--sparsity", type=float, default=0.6, help="of filters, or of weights")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Prune a network while it is trained: a penalty makes filters small, and those go.
 
+    pip install compress-torch[demo]
     python examples/prune_during_training.py
     python examples/prune_during_training.py --method group-lasso
 
@@ -30,11 +31,10 @@ from collections.abc import Callable
 
 import torch
 from _data import digits
-from _train import accuracy, fit, loaders, resnet8
+from _train import accuracy, comparison, fit, loaders, parser, resnet8
 from torch import nn
 
 from compress import L2FilterPruner, ModelSpeedup
-from compress.measure import compare, table
 from compress.regularize import GroupLasso, GrowingRegularization
 
 
@@ -42,11 +42,11 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     data = digits(size=8)
-    train, test = loaders(data, args.images)
-    example = data.test[0][0].unsqueeze(0)
+    train, test = loaders(data, args.quick)
+    example = data.test[0][0].unsqueeze(0).to(args.device)
 
-    model = resnet8(classes=data.classes)
-    epochs = args.epochs + args.last_epochs
+    model = resnet8().to(args.device)
+    epochs = args.epochs + args.fine_tuning_epochs
     models = {"dense": fit("dense", copy.deepcopy(model), train, test, epochs)}
 
     before_step = penalty(args, model, example, steps=args.epochs * len(train))
@@ -56,10 +56,9 @@ def main() -> None:
     models["masked"] = copy.deepcopy(model)
     small = ModelSpeedup(model, example, masks).speedup_model()
     models["small"] = copy.deepcopy(small)
-    models["trained on"] = fit("trained on", small, train, test, args.last_epochs, lr=0.02)
+    models["trained on"] = fit("trained on", small, train, test, args.fine_tuning_epochs, lr=0.02)
 
-    accuracies = {name: f"{accuracy(each, test):.2%}" for name, each in models.items()}
-    print(table(compare(models, example), {"accuracy": accuracies}))
+    print(comparison(models, example, lambda each: accuracy(each, test)))
 
 
 def pruner(args: argparse.Namespace, model: nn.Module, example: torch.Tensor) -> L2FilterPruner:
@@ -84,15 +83,11 @@ def penalty(
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--method", choices=["growing", "group-lasso"], default="growing")
-    parser.add_argument("--scale", type=float, default=1e-3, help="of the group lasso")
-    parser.add_argument("--sparsity", type=float, default=0.6, help="of the filters of each layer")
-    parser.add_argument("--epochs", type=int, default=4, help="with the penalty")
-    parser.add_argument("--last-epochs", type=int, default=2, help="of the small network")
-    parser.add_argument("--images", type=int, help="to train with; all, by default")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser(__doc__, epochs=4, fine_tuning=2)
+    options.add_argument("--method", choices=["growing", "group-lasso"], default="growing")
+    options.add_argument("--scale", type=float, default=1e-3, help="of the group lasso")
+    options.add_argument("--sparsity", type=float, default=0.6, help="of the filters of each layer")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Prune twice, save the small model, and load it in a program that knows only its class.
 
+    pip install compress-torch[demo]
     python examples/save_and_load.py
     python examples/save_and_load.py --file small.safetensors
 
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 from _data import digits
-from _train import accuracy, fit, loaders, resnet8
+from _train import accuracy, fit, loaders, parser, resnet8
 from safetensors.torch import load_file
 
 import compress
@@ -37,11 +38,11 @@ from compress.errors import CheckpointError
 def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
-    train, test = loaders(digits(size=8), args.images)
-    example = torch.zeros(1, 1, 8, 8)
+    train, test = loaders(digits(size=8), args.quick)
+    example = torch.zeros(1, 1, 8, 8, device=args.device)
     config_list = [{"sparsity": args.sparsity, "op_types": ["Conv2d"]}]
 
-    model = fit("dense", resnet8(), train, test, args.epochs)
+    model = fit("dense", resnet8().to(args.device), train, test, args.epochs)
     for number in (1, 2):  # what is gone from the first time stays gone
         coupled = {"mode": "dependency_aware", "dummy_input": example}
         model, masks = L1FilterPruner(model, config_list, **coupled).compress()
@@ -59,8 +60,8 @@ def main() -> None:
 
 def show(file: Path, model: torch.nn.Module, test: torch.utils.data.DataLoader) -> None:
     """What another program does with the file, and what it is told of a wrong class."""
-    loaded = compress.load(resnet8, file).eval()
-    images = next(iter(test))[0]
+    images = next(iter(test))[0].to(next(model.parameters()).device)
+    loaded = compress.load(resnet8, file).eval().to(images.device)
     same = torch.equal(loaded(images), model.eval()(images))
     print(f"loaded: test accuracy {accuracy(loaded, test):.2%}, bit for bit the same: {same}")
 
@@ -80,14 +81,10 @@ def parameters(model: torch.nn.Module) -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--file", help="where to save; a folder for now, by default")
-    parser.add_argument("--sparsity", type=float, default=0.4, help="of filters, each time")
-    parser.add_argument("--epochs", type=int, default=5, help="before pruning")
-    parser.add_argument("--fine-tuning-epochs", type=int, default=2, help="after each pruning")
-    parser.add_argument("--images", type=int, help="to train with; all, by default")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser(__doc__, epochs=5, fine_tuning=2)
+    options.add_argument("--file", help="where to save; a folder for now, by default")
+    options.add_argument("--sparsity", type=float, default=0.4, help="of filters, each time")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 from _data import digits
-from _train import accuracy, fit, loaders, resnet8
+from _train import accuracy, fit, loaders, parser, resnet8
 from torch import nn
 
 from compress import L1FilterPruner, ModelSpeedup
@@ -47,10 +47,10 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     data = digits(size=8)
-    train, test = loaders(data, args.images)
-    example = data.test[0][0].unsqueeze(0)
+    train, test = loaders(data, args.quick)
+    example = data.test[0][0].unsqueeze(0).to(args.device)
 
-    model = fit("dense", resnet8(classes=data.classes), train, test, args.epochs)
+    model = fit("dense", resnet8().to(args.device), train, test, args.epochs)
     models = {"dense": copy.deepcopy(model)}
     config_list = [{"sparsity": args.sparsity, "op_types": ["Conv2d"]}]
     coupled = {"mode": "dependency_aware", "dummy_input": example}
@@ -59,7 +59,8 @@ def main() -> None:
     small = speedup.speedup_model()
     print(speedup.report.summary())
     fit("fine-tuned", small, train, test, args.fine_tuning_epochs, lr=0.02)
-    models["pruned"] = small.eval()
+    example, models["dense"] = example.cpu(), models["dense"].cpu()  # where int8 is run
+    models["pruned"] = small.cpu().eval()
     sizes = {name: model_size_mb(each) for name, each in models.items()}
     accuracies = {name: accuracy(each, test) for name, each in models.items()}
 
@@ -132,15 +133,11 @@ def table(
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sparsity", type=float, default=0.5, help="of the filters of each layer")
-    parser.add_argument("--epochs", type=int, default=5, help="before pruning")
-    parser.add_argument("--fine-tuning-epochs", type=int, default=3)
-    parser.add_argument("--calibration-batches", type=int, default=8)
-    parser.add_argument("--without-torchao", action="store_true")
-    parser.add_argument("--images", type=int, help="to train with; all, by default")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser(__doc__, epochs=5, fine_tuning=3)
+    options.add_argument("--sparsity", type=float, default=0.5, help="of the filters of each layer")
+    options.add_argument("--calibration-batches", type=int, default=8)
+    options.add_argument("--without-torchao", action="store_true")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

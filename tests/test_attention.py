@@ -191,3 +191,18 @@ def test_of_attributes_with_one_value_those_are_set_that_count_heads():
     assert (model.heads, model.stride, model.width) == (2, 4, 4)
     assert model.qkv.out_features == 48
     torch.testing.assert_close(model(x), masked(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", [("heads", "head_dim"), ("head_dim", "heads")], ids=str)
+@pytest.mark.parametrize("what", ["heads", "head_dim"])
+def test_as_many_heads_as_dims_of_a_head(what, order):
+    torch.manual_seed(0)
+    model = SelfAttention(True, "sdpa", heads=6, head_dim=6).double()
+    for name in order:  # which of the two is found first must not matter
+        vars(model)[name] = vars(model).pop(name)
+    gone = torch.zeros(3, 6, 6, dtype=torch.bool)
+    gone[:, 1:3] = what == "heads"
+    gone[:, :, 1:3] |= torch.tensor(what == "head_dim")
+    small = shrunk(model, {"qkv": rows(model.qkv, gone)}).model
+    assert small.qkv.out_features == 3 * 24
+    assert {"heads": 6, "head_dim": 6} | {what: 4} == {n: getattr(small, n) for n in order}

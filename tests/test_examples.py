@@ -1,5 +1,6 @@
 """The examples run as a user starts them."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -46,21 +47,18 @@ def test_the_demo_prints_one_table_of_all_five_models():
     assert "11.17 M" in lines[heading + 2]
 
 
-def test_the_demo_reads_cifar10(tmp_path):
+def test_the_demo_reads_cifar10(run_here, tmp_path):
     write_cifar(tmp_path / "cifar-10-batches-py", count=20)
     arguments = ("--data", "cifar10", "--data-dir", str(tmp_path), "--epochs", "1")
-    done = run("examples/digits_resnet18.py", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "from scratch  epoch 2/2" in done.stdout
+    assert "from scratch  epoch 2/2" in run_here("digits_resnet18.py", *arguments)
 
 
-def test_the_demo_says_where_cifar10_is_missing(tmp_path):
-    done = run("examples/digits_resnet18.py", "--data", "cifar10", "--data-dir", str(tmp_path))
-    assert done.returncode != 0
-    assert f"CIFAR-10: {tmp_path} lacks data_batch_1" in done.stderr
+def test_the_demo_says_where_cifar10_is_missing(run_here, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"CIFAR-10: {tmp_path} lacks data_batch_1"):
+        run_here("digits_resnet18.py", "--data", "cifar10", "--data-dir", str(tmp_path))
 
 
-SMALL = ("--images", "64", "--epochs", "1")
+SMALL = ("--quick", "--epochs", "1")
 
 
 @pytest.mark.parametrize(
@@ -90,8 +88,8 @@ def test_one_layer_by_its_activation(layer, parameters, mult_adds, run_here):
     [
         ("before", ("--pruner", "snip-filters"), ["dense", "pruned first"]),
         ("before", ("--pruner", "grasp"), ["dense", "pruned first"]),
-        ("during", ("--last-epochs", "1"), ["dense", "masked", "small", "trained on"]),
-        ("during", ("--last-epochs", "1", "--method", "group-lasso"), ["dense", "masked"]),
+        ("during", ("--fine-tuning-epochs", "1"), ["dense", "masked", "small", "trained on"]),
+        ("during", ("--fine-tuning-epochs", "1", "--method", "group-lasso"), ["dense", "masked"]),
         ("after", ("--fine-tuning-epochs", "1"), ["dense", "small", "fine-tuned"]),
     ],
 )
@@ -105,8 +103,7 @@ def test_before_during_and_after_training(script, options, rows, run_here):
         assert "0.20 M (16%)" in output
 
 
-DIGITS, WORDS = ["1,226,442", "201,425"], ["109,444", "59,844"]
-SENTENCES = ("--sentences", "64", "--fine-tuning-epochs", "1")
+DIGITS, WORDS = ["1,226,442", "201,425"], ["301,894", "219,270"]
 
 
 @pytest.mark.filterwarnings("ignore")  # what the libraries warn of is theirs
@@ -115,7 +112,7 @@ SENTENCES = ("--sentences", "64", "--fine-tuning-epochs", "1")
     [
         ("lightning", "lightning_digits.py", SMALL, DIGITS),
         ("lightning", "lightning_digits.py", (*SMALL, "--pruner", "slim"), DIGITS),
-        ("accelerate", "transformers_trainer.py", (*SENTENCES, "--epochs", "1"), WORDS),
+        ("accelerate", "transformers_trainer.py", (*SMALL, "--fine-tuning-epochs", "1"), WORDS),
     ],
 )
 def test_the_trainers_of_other_libraries(library, script, options, sizes, run_here):
@@ -126,6 +123,63 @@ def test_the_trainers_of_other_libraries(library, script, options, sizes, run_he
     found = {line[0]: line for line in lines if "parameters" in line}
     assert [found[name][1] for name in ("dense", "small")] == sizes
     assert found["masked"][3] == found["small"][3]  # the same accuracy
+
+
+def table_in(output):
+    """``{row: cells}`` of the table that an example prints, and its heading."""
+    lines = output.splitlines()
+    start = next(number for number, line in enumerate(lines) if "mult-adds" in line)
+    rows = [re.split(r"  +", line.strip()) for line in lines[start + 2 :]]
+    end = next(number for number, row in enumerate(rows) if row[0].startswith("latency"))
+    return {row[0]: row[1:] for row in rows[:end]}
+
+
+@pytest.mark.filterwarnings("ignore")  # what the libraries warn of is theirs
+@pytest.mark.parametrize(
+    ("library", "script", "shares", "says"),
+    [
+        ("timm", "vit_heads.py", ("51%", "55%"), "small: 4×8 + 128, 4×8 + 128"),
+        ("transformers", "bert_text.py", ("73%", "73%"), "301,894 -> 219,270 parameters"),
+        ("torchvision", "lstm_digits.py", ("26%", "26%"), "hidden units: 48 of 96"),
+        ("torchvision", "detector.py", None, "489,456 -> 298,816 parameters"),
+    ],
+)
+def test_masked_and_small_are_as_good(library, script, shares, says, run_here):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip(library)
+    output = run_here(script, *SMALL, "--fine-tuning-epochs", "1")
+    table = table_in(output)
+    assert list(table) == ["dense", "masked", "small", "fine-tuned"]
+    assert table["masked"][0] == table["small"][0]  # the same accuracy
+    if shares:
+        assert [cell.split("(")[1] for cell in table["small"][1:3]] == [f"{s})" for s in shares]
+    assert says in output
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_language_model_is_pruned_saved_and_loaded(run_here, tmp_path):
+    pytest.importorskip("transformers")
+    output = run_here(
+        "llama_text.py", *SMALL, "--fine-tuning-epochs", "1", "--folder", str(tmp_path)
+    )
+    table = table_in(output)
+    assert table["masked"][0] == table["small"][0]
+    assert "num_key_value_heads: 4 -> 2" in output
+    assert "num_attention_heads: 8 -> 4" in output
+    assert "intermediate_size: 256 -> 128" in output
+    assert f"loaded: perplexity {table['fine-tuned'][0]};" in output
+    assert {"config.json", "model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("cost", ["flops", "memory"])  # times would be those of other tests
+def test_a_target_is_met(cost, run_here):
+    options = ("--cost", cost, "--target", "0.5", "--fine-tuning-epochs", "1")
+    output = run_here("latency_target.py", *SMALL, *options)
+    line = next(line for line in output.splitlines() if line.startswith("target: 50.0%"))
+    reached = float(re.search(r"\((\d+\.\d)%\), predicted", line)[1])
+    assert 40 < reached <= 50
+    assert list(table_in(output)) == ["dense", "small", "fine-tuned"]
 
 
 def test_saving_and_loading(run_here, tmp_path):
@@ -178,3 +232,12 @@ def test_a_row_of_the_benchmark():
     ]
     raw[peer] = [{"error": "not done in 1 s"}]
     assert speedup_time.row("net", raw)[2:4] == ["not done in 1 s", "nan"]
+
+
+def test_every_example_is_short_in_the_index_and_run_by_a_test():
+    index = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("*.py"))
+    for file in sorted((ROOT / "examples").glob("[a-z]*.py")):
+        assert f"[{file.name}]({file.name})" in index
+        assert file.name in tests or file.name.startswith("prune_"), file.name
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 150, file.name

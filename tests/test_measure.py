@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress.masks import Masks
 from compress.measure import (
     Latency,
+    Measurement,
+    ModelSummary,
     Table,
     compare,
     latencies,
@@ -258,10 +260,31 @@ def test_compare_and_table():
         "latency ms (p10–p90)",
     )
     assert [row[:3] for row in shown.rows] == [
-        ("dense", "98.0 %", "0.00 M"),
-        ("small", "", "0.00 M (69%)"),
+        ("dense", "98.0 %", "1.41 k"),
+        ("small", "", "965 (69%)"),
     ]
     assert shown.caption.startswith("latency: median of 3 passes, batch 2, cpu, ")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ((4_300, 0), ["4.30 k", "0 (0%)"]),
+        ((1_226_442, 201_425), ["1.23 M", "0.20 M (16%)"]),
+        ((100_000, 99_999), ["0.10 M", "100.00 k (100%)"]),
+        ((5 * 10**9, 10**9), ["5.00 G", "1.00 G (20%)"]),
+    ],
+)
+def test_counts_have_the_unit_that_shows_them(numbers, expected):
+    one = Latency(1.0, 1.0, 1.0, 1, 1, "cpu", 1, (1.0,))
+    measured = {
+        str(n): Measurement(ModelSummary(n, n, n, 2 * n, 0.0, 0.0, 0.0), one, 4 * n / 1e6)
+        for n in numbers
+    }
+    rows = table(measured).rows
+    assert [row[1] for row in rows] == [row[2] for row in rows] == expected
+    assert table(measured).columns[3] == "size MB"
+    assert rows[0][3] == {4_300: "0.017"}.get(numbers[0], f"{4 * numbers[0] / 1e6:.2f}")
 
 
 def test_a_table_as_text_and_as_markdown():

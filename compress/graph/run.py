@@ -6,10 +6,12 @@ Mode, random state, what the forward sets on its modules, buffers and inputs: al
 from __future__ import annotations
 
 import gc
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from dataclasses import is_dataclass
 from operator import is_not
 from typing import Any
 
@@ -47,6 +49,25 @@ def as_arguments(
     if isinstance(dummy_input, (tuple, list)):
         return tuple(dummy_input), {}
     return (dummy_input,), {}
+
+
+def results(model: nn.Module, output: Any) -> list[torch.Tensor]:
+    """The tensors of what a model returned, but for its *state*.
+
+    State is an object (no tensor, no container) that the model returns under the name of an
+    argument that takes it back: a cache of keys and values. Nobody but the model reads it, so that
+    it may be of the small model's sizes.
+    """
+    if isinstance(output, Mapping):
+        taken = inspect.signature(model.forward).parameters
+        output = [value for name, value in output.items() if name not in taken or _is_data(value)]
+    return list(tensors_in(output))
+
+
+def _is_data(value: Any) -> bool:
+    """Tensors, containers of them, and plain values: what is read as it is."""
+    kinds = (torch.Tensor, Mapping, *_CONTAINERS, *_PLAIN)
+    return isinstance(value, kinds) or is_dataclass(value)
 
 
 @contextmanager
@@ -209,7 +230,7 @@ def run_recorded(model: nn.Module, dummy_input: Any, training: bool, recorder: R
                         output = functional_call(model, stand_ins, args, kwargs)
                     else:
                         output = model(*args, **kwargs)
-                recorder.finish(output)
+                recorder.finish(results(model, output))
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:

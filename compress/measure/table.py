@@ -100,13 +100,16 @@ def _cells(each: Measurement, first: Measurement) -> tuple[str, ...]:
     return (
         _count(each.summary.parameters_total, first.summary.parameters_total),
         _count(each.summary.mult_adds, first.summary.mult_adds),
-        f"{each.size_mb:.2f}",
+        f"{each.size_mb:.2f}" if each.size_mb >= 0.1 else f"{each.size_mb:.3f}",
         str(each.latency),
     )
 
 
+_UNITS = ((1e9, 1e9, "G"), (1e5, 1e6, "M"), (1e3, 1e3, "k"))  # from, divided by, name
+
+
 def _count(number: int, reference: int) -> str:
-    """Millions or billions, with the share of the reference where it differs from it."""
-    scaled = f"{number / 1e6:.2f} M" if number < 1e9 else f"{number / 1e9:.2f} G"
+    """With a unit, and with the share of the reference where it differs from it."""
+    found = (f"{number / size:.2f} {name}" for least, size, name in _UNITS if number >= least)
     share = f" ({number / reference:.0%})" if reference and number != reference else ""
-    return scaled + share
+    return next(found, str(number)) + share

@@ -128,13 +128,10 @@ class Follower:
 
         Four heads and a stride of four: where both become two, a size that ought to stay changes.
         """
-        expected, got = _flat(expected_shape(decision, mismatch.node)), _flat(mismatch.shape)
-        if len(expected) != len(got):
-            return False
-        changes = set(zip(expected, got, strict=True))
+        wrong = self._may_be_wrong(decision, mismatch)
         for key, (attribute, _) in reversed(self._tried.items()):
             change = (attribute.old, attribute.new)
-            if key in self._needed or type(attribute.old) is not int or change not in changes:
+            if key in self._needed or type(attribute.old) is not int or change not in wrong:
                 continue
             of_module = [a for k, (a, _) in self._tried.items() if k[0] == key[0]]
             if sum(a.old == attribute.old for a in of_module) > 1:
@@ -144,6 +141,17 @@ class Follower:
                 self._tried = {k: t for k, t in self._tried.items() if k not in self._barred}
                 return True
         return False
+
+    def _may_be_wrong(self, decision: Decision, mismatch: Mismatch) -> set[tuple[int, int]]:
+        """What sizes of a call's output ought to be, and what they have become instead."""
+        node = mismatch.node
+        expected, got = _flat(expected_shape(decision, node)), _flat(mismatch.shape)
+        if mismatch.shape is not None:
+            return set(zip(expected, got, strict=True)) if len(expected) == len(got) else set()
+        # It was refused: of the sizes that it was given, those that ought to stay are suspect.
+        given = rule_for(node.meta["name"]).given_sizes(Call(node))
+        stay = {size for axis, size in given.items() if expected[axis] == size}
+        return {(a.old, a.new) for a, _ in self._tried.values() if a.old in stay}
 
     def _is(self, path: str, kind: type[nn.Module]) -> bool:
         return type(self.graph.modules[path]) is kind

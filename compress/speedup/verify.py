@@ -14,8 +14,14 @@ from torch.utils._pytree import tree_map_only
 
 from compress.errors import VerificationError
 from compress.graph.jumps import Jump, Jumps, Settled, largest_error, rounding_of
-from compress.graph.run import as_arguments, does_not_run, evaluating, rng_kept, state_kept
-from compress.graph.trace import tensors_in
+from compress.graph.run import (
+    as_arguments,
+    does_not_run,
+    evaluating,
+    results,
+    rng_kept,
+    state_kept,
+)
 from compress.speedup.plan import Plan
 from compress.speedup.surgery import apply_plan, masked
 
@@ -32,11 +38,11 @@ class Computed:
 
 
 def run(model: nn.Module, dummy_input: Any, mode: Jumps | Settled) -> list[torch.Tensor]:
-    """All output tensors in eval mode, with a fixed seed; mode and random state as before."""
+    """All its results in eval mode, with a fixed seed; mode and random state as before."""
     args, kwargs = as_arguments(dummy_input)
     with torch.no_grad(), state_kept(model, values=True), evaluating(model), rng_kept(), mode:
         torch.manual_seed(0)
-        return [t.clone() for t in tensors_in(model(*args, **kwargs))]
+        return [t.clone() for t in results(model, model(*args, **kwargs))]
 
 
 def compute(model: nn.Module, dummy_input: Any) -> Computed:
