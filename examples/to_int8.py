@@ -1,6 +1,6 @@
 """The whole road to int8: train, prune, shrink, fine-tune, export, quantise.
 
-    pip install compress-torch[onnx,demo] torchao
+    pip install compress-torch[int8,demo]
     python examples/to_int8.py
 
 The second command prints, among others, in a minute on one core::
