@@ -3,8 +3,8 @@
 The blocks of one page are one session in an empty directory:
 
 - ``python`` runs. If its first line is ``# name.py``, it is a file instead, as is ``yaml``.
-- ``sh``: each ``compress …`` line goes to the command line. Others (``pip``, ``make``, ``python``)
-  are for the reader's machine.
+- ``sh``: each ``compress …`` line goes to the command line, and ``python`` and ``torchrun`` start
+  files that the page has written. Others (``pip``, ``make``) are for the reader's machine.
 - ``output`` is what the block before it prints, to the letter; of an error, its last line and the
   rest of the message. A row that ends in … begins so, and a row that is … stands for any.
 - ``text`` after such a block is what it prints but for the numbers, which another machine has
@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,14 +85,24 @@ def python(page: Path, block: Block, session: dict[str, Any]) -> CompressError |
 
 
 def sh(block: Block) -> None:
-    """Give the lines that begin with ``compress`` to the command line."""
+    """Run the lines that can: the command line in this process, the page's files in others."""
     from compress.cli.commands import app
 
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["compress"]:
-            with contextlib.suppress(SystemExit):
+            try:
                 app(words[1:], prog_name="compress")
+            except SystemExit as end:
+                assert not end.code, f"{line}: exit code {end.code}"
+        elif words[:1] in (["python"], ["torchrun"]) and any(map(os.path.isfile, words)):
+            module = [] if words[0] == "python" else ["-m", "torch.distributed.run"]
+            command = [sys.executable, *module, *words[1:]]
+            paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()]), "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, **paths}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+            print(done.stdout)
 
 
 def compare(where: str, shown: str, printed: str, *, numbers: bool) -> None:
