@@ -115,7 +115,7 @@ def compare(where: str, shown: str, printed: str, *, numbers: bool) -> None:
 
 def comparable(text: str, numbers: bool) -> str:
     """Text without spaces, and without what another machine or version prints otherwise."""
-    text = re.sub(r"\d\.\de[-+]\d\d|(?<=\.py:)\d+", "#", text)
+    text = re.sub(r"\d(\.\d)?e[-+]\d\d|(?<=\.py:)\d+", "#", text)
     if not numbers:
         text = re.sub(r"\d[\d,.]*", "#", text)
     return "".join(re.sub("[━─]+", "", text).split())
