@@ -17,7 +17,7 @@ copyright = author
 release = compress.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = []
 html_theme = "furo"
 html_title = f"compress {release}"
 html_static_path = ["_static"]
