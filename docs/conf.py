@@ -1,4 +1,4 @@
-"""How Sphinx builds the site: `make docs`. Nothing is fetched from the net, and warnings are errors."""
+"""How Sphinx builds the site (`make docs`): offline, and with warnings as errors."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ release = compress.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = []
+smartquotes = False  # "global" is code as often as not
 html_theme = "furo"
 html_title = f"compress {release}"
 html_static_path = ["_static"]
@@ -57,9 +58,7 @@ def find(app, env, node, content):
     matches = [name for name, found in matches if not found.aliased]
     if len(matches) != 1 or matches[0] == "compress":
         return content
-    return python.resolve_xref(
-        env, node["refdoc"], app.builder, "obj", matches[0], node, content
-    )
+    return python.resolve_xref(env, node["refdoc"], app.builder, "obj", matches[0], node, content)
 
 
 def setup(app):

@@ -98,11 +98,11 @@ def sh(block: Block) -> None:
         elif words[:1] in (["python"], ["torchrun"]) and any(map(os.path.isfile, words)):
             module = [] if words[0] == "python" else ["-m", "torch.distributed.run"]
             command = [sys.executable, *module, *words[1:]]
-            paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()]), "OMP_NUM_THREADS": "1"}
-            environment = {**os.environ, **paths}
+            path = os.pathsep.join([str(ROOT), os.getcwd()])
+            environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
-            print(done.stdout)
+            sys.stdout.write(done.stdout)
 
 
 def compare(where: str, shown: str, printed: str, *, numbers: bool) -> None:

@@ -236,4 +236,5 @@ def rule(*names: str) -> Callable[[R], R]:
 
 
 def rule_for(name: str) -> Rule:
+    """The rule of a function, by its plain name; without one, that of a call that is opaque."""
     return RULES.get(name, OPAQUE)
