@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test lint bench zoo accuracy clean
+.PHONY: demo test lint docs bench zoo accuracy clean
 
 # Where other work shares the cores, threads that spin while they wait make training 5 times slower.
 demo: $(STAMP)
@@ -18,6 +18,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Offline, with warnings as errors: build/docs/index.html.
+docs: $(STAMP)
+	$(BIN)/pip install --quiet -e ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 bench: $(STAMP)
 	$(BIN)/pip install --quiet -e ".[bench]"

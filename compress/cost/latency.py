@@ -57,7 +57,7 @@ class LatencyCost(CostModel):
 
     @property
     def dense(self) -> float:  # type: ignore[override]
-        """Of the whole model: what was measured, or else is predicted."""
+        """Of the whole model, what was measured, or else is predicted."""
         return self(*self._all)
 
     def __call__(self, gone: np.ndarray, roots: np.ndarray) -> float:

@@ -48,7 +48,7 @@ class Latency:
 
     @property
     def conditions(self) -> str:
-        """How it was measured: the line below a table of latencies."""
+        """How it was measured, the line below a table of latencies."""
         return (
             f"latency: median of {self.repeats} passes, batch {self.batch}, {self.device}, "
             f"{self.threads} thread{'s' if self.threads != 1 else ''}"

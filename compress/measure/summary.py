@@ -45,7 +45,7 @@ class ModelSummary:
 
     @property
     def total_mb(self) -> float:
-        """torchinfo's "Estimated Total Size": input, forward/backward pass and parameters."""
+        """torchinfo's "Estimated Total Size", of input, forward/backward pass and parameters."""
         return self.input_mb + self.forward_backward_mb + self.parameters_mb
 
 

@@ -46,7 +46,7 @@ class Call:
 
     @property
     def first(self) -> fx.Node:
-        """The tensor that the call is about: the first argument, whatever its name."""
+        """The tensor that the call is about, the first argument, whatever its name."""
         found = self.node.args[0] if self.node.args else next(iter(self.node.kwargs.values()))
         assert isinstance(found, fx.Node)
         return found
@@ -68,7 +68,7 @@ class Call:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """For calls with several outputs: the shape of each."""
+        """The shape of each output, for calls with several."""
         shapes: tuple[tuple[int, ...], ...] = self.node.meta["shape"]
         return shapes
 
@@ -236,4 +236,5 @@ def rule(*names: str) -> Callable[[R], R]:
 
 
 def rule_for(name: str) -> Rule:
+    """The rule of a function, by its plain name; without one, that of a call that is opaque."""
     return RULES.get(name, OPAQUE)

@@ -55,7 +55,7 @@ class AMCPruner(SearchPruner):
 
     In the first episode all groups keep the same fraction, in the others of the warm-up a random
     one. After it, noise is on the agent's actions: a normal distribution, cut off at what is
-    possible, of σ = ``init_delta``·``delta_decay``ⁱ in the i-th episode. An episode that ends in a
+    possible, of σ = ``init_delta·delta_decayⁱ`` in the i-th episode. An episode that ends in a
     small model that has been evaluated takes its reward. The best is that of the highest reward.
 
     Args:
@@ -77,8 +77,8 @@ class AMCPruner(SearchPruner):
             of the warm-up are, so that so many workers are of use.
         window_length: how many of the last states the agent sees.
         suffix: a folder of this name in experiment_data_dir is this search's.
-        hidden1, hidden2, lr_a, lr_c, discount, bsize, tau, rmsize, updates, init_delta,
-            delta_decay: of the agent: see `Settings`.
+        hidden1, hidden2, lr_a, lr_c, discount, bsize, tau, rmsize, updates: of the agent, as are
+            init_delta and delta_decay; their meaning and defaults are in `Settings`.
     """
 
     def __init__(

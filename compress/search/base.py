@@ -158,6 +158,8 @@ class SearchPruner(MaskedModel):
     def compress(self) -> tuple[nn.Module, Masks]:
         """Search, and mask the model as the best candidate; a second call changes nothing.
 
+        After an error the model is as it was.
+
         Returns:
             The model that was given, and a copy of its masks.
 
@@ -166,8 +168,6 @@ class SearchPruner(MaskedModel):
             SearchError: the evaluator raises, returns no number, or changes the model.
             StateError: experiment_data_dir has another search, or cannot be written.
             CompressError: what the one-shot pruner and the speedup raise.
-
-            In each case the model is as it was.
         """
         if self.result is None:
             with self._searching() as subject:

@@ -111,7 +111,7 @@ class ModelSpeedup:
 
     @property
     def report(self) -> Report:
-        """What goes (after ``speedup_model``: went) and what stays and why, layer by layer."""
+        """What goes, or after ``speedup_model`` went, and what stays and why, layer by layer."""
         if self._plan is None:
             self._plan_only()
         if self._report is None:
