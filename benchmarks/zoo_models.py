@@ -412,7 +412,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], Inputs, str]] = {
     ),
 }  # fmt: skip
 # As their authors published them: the above have two layers, so that a zoo is done in minutes.
-FULL_SIZE: dict[str, tuple[str, str, dict[str, Any], Inputs, str]] = {
+PUBLISHED: dict[str, tuple[str, str, dict[str, Any], Inputs, str]] = {
     "bert_base": ("BertForSequenceClassification", "BertConfig", {}, tokens, ""),
     "roberta_base": ("RobertaForMaskedLM", "RobertaConfig", {}, tokens, ""),
     "distilbert_base": (
@@ -437,7 +437,7 @@ def transformers_model(name: str, attention: str | None = None) -> Entry:
     import transformers
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    model, config, options, inputs, heads = (TRANSFORMERS | FULL_SIZE)[name]
+    model, config, options, inputs, heads = (TRANSFORMERS | PUBLISHED)[name]
     made = getattr(transformers, config)(**options)
     if attention is not None:
         made._attn_implementation = attention
@@ -460,6 +460,6 @@ def zoo() -> Zoo:
         found.add("transformers", f"hf/{name}", partial(transformers_model, name))
     for name in EAGER:
         found.add("transformers", f"hf/{name}_eager", partial(transformers_model, name, "eager"))
-    for name in FULL_SIZE:
+    for name in PUBLISHED:
         found.add("transformers of full size", f"hf/{name}", partial(transformers_model, name))
     return found
