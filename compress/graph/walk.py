@@ -6,8 +6,6 @@ a dozen times, so here it is one loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import fx, nn
 
@@ -23,25 +21,29 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         found.append((path, module))
-        prefix = f"{path}." if path else ""
-        children = [
-            (prefix + name, child) for name, child in module._modules.items() if child is not None
-        ]
-        stack.extend(reversed(children))
+        children = module._modules
+        if children:  # most have none
+            prefix = f"{path}." if path else ""
+            for name in reversed(children):
+                child = children[name]
+                if child is not None:
+                    stack.append((prefix + name, child))
     return found
 
 
-def leaves_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, str]]:
+def leaves_of(model: nn.Module) -> list[tuple[str, torch.Tensor, str]]:
     """Path, tensor and kind of every parameter and buffer, each once (tied ones: first path)."""
-    modules = modules_of(model)
-    for kind in ("parameter", "buffer"):
-        seen: set[int] = set()
-        for path, module in modules:
-            own = module._parameters if kind == "parameter" else module._buffers
-            for name, tensor in own.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield f"{path}.{name}" if path else name, tensor, kind
+    parameters: dict[int, tuple[str, torch.Tensor, str]] = {}
+    buffers: dict[int, tuple[str, torch.Tensor, str]] = {}
+    for path, module in modules_of(model):
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                parameters.setdefault(id(parameter), (prefix + name, parameter, "parameter"))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                buffers.setdefault(id(buffer), (prefix + name, buffer, "buffer"))
+    return [*parameters.values(), *buffers.values()]
 
 
 def wrapped_in(model: nn.Module) -> str | None:

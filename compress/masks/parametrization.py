@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compress.graph.walk import modules_of
 from compress.masks.entries import full_name, raise_all
 from compress.masks.torch_prune import pruning_hook
 
@@ -180,7 +181,7 @@ def applied_to(model: nn.Module) -> list[AppliedMask]:
     """All our masks on ``model``, in module order; raises if one cannot be taken off."""
     applied = [
         AppliedMask(path, module, name, part)
-        for path, module in model.named_modules()
+        for path, module in modules_of(model)
         for name, part in masks_on(module).items()
     ]
     problems = [

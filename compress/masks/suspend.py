@@ -59,8 +59,12 @@ def applied_masks(model: nn.Module) -> Masks:
     A tied parameter is listed under the modules that the masks named; a module registered under
     several paths under the first.
     """
+    return _named(masks_on_model(model))
+
+
+def _named(found: list[AppliedMask | TorchMask]) -> Masks:
     entries: dict[str, dict[str, Tensor]] = {}
-    for applied in masks_on_model(model):
+    for applied in found:
         if applied.named:
             entries.setdefault(applied.path, {})[applied.name] = applied.mask
     return Masks(entries)
@@ -76,7 +80,8 @@ def suspend_masks(model: nn.Module) -> SuspendedMasks:
         MaskError: something was parametrised on top of a mask, or torch prunes parameters that
             modules share in one of them only; the model is untouched.
     """
-    masks, applied = applied_masks(model), masks_on_model(model)
+    applied = masks_on_model(model)
+    masks = _named(applied)
     for one in applied:
         one.take_off()
     return SuspendedMasks(masks, applied)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from compress.graph.walk import modules_of
 from compress.masks.entries import copy_entry, full_name, raise_all
 
 
@@ -77,7 +78,7 @@ def torch_masks(model: nn.Module) -> list[TorchMask]:
     """
     found: list[TorchMask] = []
     problems: list[str] = []
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         for key, hook in module._forward_pre_hooks.items():
             if isinstance(hook, BasePruningMethod):
                 one = _torch_mask(path, module, key, hook, problems)
@@ -107,7 +108,7 @@ def _disagreements(model: nn.Module, found: Iterable[TorchMask]) -> list[str]:
     masks = {(id(one.module), f"{one.name}_orig"): one for one in found}
     first = {id(one.module._parameters[f"{one.name}_orig"]): one for one in reversed(list(found))}
     problems = []
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         for name, parameter in module._parameters.items():
             one = first.get(id(parameter))
             if one is None:

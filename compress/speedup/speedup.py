@@ -15,7 +15,7 @@ from compress.errors import SpeedupError
 from compress.graph.channels import ChannelGraph
 from compress.graph.explain import Explanation
 from compress.graph.run import collector_paused
-from compress.graph.walk import leaves_of, wrapped_in
+from compress.graph.walk import leaves_of, modules_of, wrapped_in
 from compress.masks import Masks, suspend_masks
 from compress.progress import progress_bar
 from compress.speedup.cut import Cut, Cutter, Options
@@ -282,7 +282,7 @@ def _check_model(model: Any) -> None:
             f"model is a {type(model).__name__} around your model; pass model.{wrapper}, and "
             "wrap the small one again"
         )
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
             raise SpeedupError(
                 f"{path}: is quantised ({type(module).__name__}), its weights are no parameters; "

@@ -140,12 +140,12 @@ def masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iterator[None
 def by_leaf(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
     """Masks by the first path of their parameter (a tied one has several), on its device."""
     first = {id(tensor): path for path, tensor, _ in leaves_of(model)}
-    every = dict(model.named_parameters(remove_duplicate=False))
     result: dict[str, torch.Tensor] = {}
     for name, mask in masks.flat().items():
-        path = first[id(every[name])]
-        if not every[name].is_meta:  # on meta the mask would lose its values
-            mask = mask.to(every[name].device)
+        parameter = model.get_parameter(name)
+        path = first[id(parameter)]
+        if not parameter.is_meta:  # on meta the mask would lose its values
+            mask = mask.to(parameter.device)
         result[path] = mask & result[path] if path in result else mask
     return result
 
