@@ -86,7 +86,8 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training is not mode:
+                module.training = mode
 
 
 @contextmanager
