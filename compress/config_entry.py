@@ -42,6 +42,11 @@ _EXPECTED = {
     "op_names_re": r'a list of regular expressions, such as ["^layer\\d"]',
     "exclude": "True or False",
 }
+# One of these is in each entry of NNI v3.
+_NNI_V3 = dict.fromkeys(
+    ("sparse_ratio", "sparse_threshold", "target_settings"),
+    "; it is NNI v3's: compress.compat.nni.translate(config_list, model) translates such a list",
+)
 
 
 class Entry(BaseModel):
@@ -112,7 +117,7 @@ def parse(where: str, raw: object, problems: list[str], kind: type[Entry] = Entr
         return None
     unknown = [key for key in raw if key not in kind.EXPECTED]
     for key in unknown:
-        hint = closest(key, kind.EXPECTED) if isinstance(key, str) else ""
+        hint = _NNI_V3.get(key) or closest(key, kind.EXPECTED) if isinstance(key, str) else ""
         problems.append(
             f"{where}: unknown key {key!r}{hint or '; expected one of ' + ', '.join(kind.EXPECTED)}"
         )

@@ -211,6 +211,10 @@ def add_gates(
             )
         if raw_parameter(modules[target.name], "weight") is None or target.name == "":
             problems.append(f"{target.name!r} cannot be replaced; exclude it")
+        if isinstance(modules.get(target.name.rpartition(".")[0]), GatedConv2d):
+            problems.append(
+                f"{target.name!r} has a gate already; exclude it, or call remove() of its Gates"
+            )
     if problems:
         raise ConfigError("these gates cannot be added:", problems)
     norms = _norms_after(model, dummy_input)

@@ -200,8 +200,10 @@ def test_nothing_in_a_mask_file_is_executed(tmp_path, capsys):
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile()))
     (tmp_path / "cut.pth").write_bytes((tmp_path / "torch.pth").read_bytes()[:50])
     for name in ("torch.pth", "plain.pth", "cut.pth"):
-        with pytest.raises(MaskError, match="cannot be read as tensors only"):
+        with pytest.raises(MaskError, match="cannot be read as tensors only") as told:
             nni.load_masks(tmp_path / name)
+        assert "weights_only" not in str(told.value)  # no advice to execute it after all
+        assert "\033" not in str(told.value)
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(MaskError, match="no such file"):
         nni.load_masks(tmp_path / "none.pth")

@@ -291,3 +291,9 @@ def test_weights_that_cannot_be_pruned() -> None:
     excluded = {"exclude": True, "op_names": ["normed", "lazy", "meta"]}
     model["whole"] = nn.Linear(2, 2)
     assert names([every, excluded], model) == {"whole": 0.5}
+
+
+@pytest.mark.parametrize("key", ["sparse_ratio", "sparse_threshold", "target_settings"])
+def test_a_config_list_of_nni_v3_is_called_one(key: str) -> None:
+    text = problem([{key: 0.5, "op_types": ["Conv2d"]}])
+    assert f"unknown key {key!r}; it is NNI v3's: compress.compat.nni.translate" in text

@@ -99,3 +99,8 @@ def test_what_cannot_be_drawn_says_what_to_do(
     with pytest.raises(GraphError, match=r"pip install 'compress-torch\[draw\]'"):
         graph().draw(tmp_path / "graph.svg")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match=r"none.graph\.svg: the folder .*none does not exist"):
+        graph().draw(tmp_path / "none" / "graph.svg")

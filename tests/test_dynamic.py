@@ -162,3 +162,13 @@ def test_wrong_config_lists() -> None:
     with pytest.raises(ConfigError, match="add_gates masks channels of Conv2d; Linear 'fc' has no"):
         add_gates(model, [{"sparsity": 0.5, "op_names": ["fc"]}], X)
     assert list(model.state_dict()) == before
+
+
+def test_a_gate_is_not_gated() -> None:
+    model, gates = gated()
+    y = model.eval()(X)
+    with pytest.raises(ConfigError, match=r"'conv1\.conv' has a gate already; exclude it, or call"):
+        add_gates(model, [{"sparsity": 0.5, "op_types": ["Conv2d"]}], X)
+    assert torch.equal(model(X), y)
+    gates.remove()
+    add_gates(model, [{"sparsity": 0.5, "op_types": ["Conv2d"]}], X)

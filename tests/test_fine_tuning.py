@@ -320,3 +320,10 @@ def test_a_compiled_model_follows_growing_masks() -> None:
     x = batches()[0][0]
     small = ModelSpeedup(model, x).speedup_model().eval()
     torch.testing.assert_close(torch.compile(small, backend="eager")(x), small(x))
+
+
+def test_a_schedule_is_a_function() -> None:
+    model = two_layers(0)
+    ready = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), 0.1), 1)
+    with pytest.raises(ConfigError, match="schedule: got StepLR; expected a function that makes"):
+        fine_tune(model, evaluator(), 1, schedule=ready)  # type: ignore[arg-type]

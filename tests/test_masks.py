@@ -585,3 +585,14 @@ def test_masked_models_go_through_torchs_transforms() -> None:
     several = torch.stack([weight, 2 * weight])
     got = torch.func.vmap(torch.func.grad(loss))(several)
     torch.testing.assert_close(got, torch.func.vmap(torch.func.grad(by_hand))(several))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_torch_save_is_called_one(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "mask.pth"
+    torch.save({"0": {"weight": torch.ones(2, 2)}}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(MaskError, match=r"torch\.save wrote it; .*compat\.nni\.load_masks"):
+        Masks.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(MaskError, match="truncated, or of another kind"):
+        Masks.load(path)

@@ -196,3 +196,18 @@ def test_an_average_of_the_weights_shrinks_as_a_model_of_its_own() -> None:
     step(model, optimizer, 6)
     average.update_parameters(model)
     assert average.module[0].weight.shape == model[0].weight.shape == (6, 3, 3, 3)
+
+
+def test_an_optimizer_of_another_model_is_refused_before_anything() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    mask = torch.ones(6, 4)
+    mask[0] = 0
+    masks = {"0": {"weight": mask, "bias": mask[:, 0]}}
+    alien = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    speedup = ModelSpeedup(model, torch.rand(2, 4), masks, optimizer=alien)
+    with pytest.raises(SpeedupError, match="optimizer: this SGD trains no parameter of the model"):
+        speedup.speedup_model()
+    assert model[0].weight.shape == (6, 4)
+    part = torch.optim.SGD(model[2].parameters(), lr=0.1)  # of a part is enough
+    small = ModelSpeedup(model, torch.rand(2, 4), masks, optimizer=part).speedup_model()
+    assert small[0].weight.shape == (5, 4)

@@ -12,7 +12,8 @@ from oracle import check_exact, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import TraceError
+from compress import L1FilterPruner
+from compress.errors import ConfigError, TraceError
 from compress.graph.run import record
 from compress.graph.trace import Trace, function_name
 from compress.rules.registry import RULES
@@ -378,3 +379,13 @@ def test_a_model_that_does_not_run_is_a_trace_error() -> None:
     with pytest.raises(TraceError, match=r"Forward does not run .*\(2, 5, 5, 5\)") as caught:
         record(Forward(lambda x: x), torch.randn(2, 5, 5, 5).double())
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.:DeprecationWarning")
+def test_scripted_models_are_refused_by_name() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(TraceError, match=r"is a RecursiveScriptModule.*before torch\.jit"):
+        record(scripted, torch.rand(1, 3))
+    with pytest.raises(ConfigError, match="RecursiveScriptModule; pass it before it is scripted"):
+        L1FilterPruner(scripted, [{"sparsity": 0.5, "op_types": ["default"]}])

@@ -20,7 +20,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
@@ -423,10 +425,15 @@ def load_masks(path: str | os.PathLike[str]) -> Masks:
     if not Path(name).is_file():
         raise MaskError(f"{name}: there is no such file; expected masks that NNI saved")
     try:
-        content = torch.load(name, map_location="cpu", weights_only=True)
+        with catch_warnings():  # of pickle's protocols
+            simplefilter("ignore")
+            content = torch.load(name, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load raises whatever its unpickler meets in a damaged file.
+        # An UnpicklingError is advice on how to run what the file holds, which nobody shall.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, UnpicklingError):
+            reason = "it is damaged, or holds other objects, which would have to be executed"
         raise MaskError(
             f"{name}: it cannot be read as tensors only ({reason}); expected masks that NNI saved"
         ) from error

@@ -34,6 +34,8 @@ def draw(graph: ChannelGraph, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     if target.suffix not in FORMATS:
         raise GraphError(f"{target}: draws {', '.join(FORMATS)}; pass a file name with one of them")
+    if not target.parent.is_dir():
+        raise GraphError(f"{target}: the folder {target.parent} does not exist; make it first")
     boxes = layer_graph(graph)
     if find_spec("graphviz") is not None and shutil.which("dot") is not None:
         _with_graphviz(boxes, target)

@@ -258,6 +258,11 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
     within ``masked()``, where the parameters have the values that count. Errors: ``TraceError``
     where the model does not run on ``dummy_input``; the model's own error is its cause.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"model is a {type(model).__name__}: scripted code runs outside Python and cannot be "
+            "recorded; pass the model before torch.jit.script, and script the small one"
+        )
     recorder = Recorder(on_meta=True)
     try:
         run_recorded(model, dummy_input, False, recorder)

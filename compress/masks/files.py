@@ -43,9 +43,14 @@ def read_masks(name: str) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, UnicodeDecodeError) as error:
         if isinstance(error, MaskError):
             raise
+        what = f"{name}: it cannot be read as a safetensors file ({error})"
+        if _is_of_torch_save(name):
+            raise MaskError(
+                f"{what}: torch.save wrote it; expected one written by Masks.save. Masks that NNI "
+                "saved are read by compress.compat.nni.load_masks"
+            ) from error
         raise MaskError(
-            f"{name}: it cannot be read as a safetensors file ({error}): truncated, or of another "
-            "kind; expected one written by Masks.save"
+            f"{what}: truncated, or of another kind; expected one written by Masks.save"
         ) from error
     wrong = [
         f"{key!r}: got {tensor.dtype}; expected bool or uint8"
@@ -54,6 +59,12 @@ def read_masks(name: str) -> dict[str, Tensor]:
     ]
     raise_all(f"{name}: these are not masks", wrong)
     return tensors
+
+
+def _is_of_torch_save(name: str) -> bool:
+    """Whether a file begins as a zip archive or, before torch 1.6, as a pickle."""
+    with open(name, "rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")
 
 
 def _check_metadata(name: str, metadata: Mapping[str, str]) -> None:

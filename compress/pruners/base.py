@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from compress import allocate
@@ -110,6 +111,8 @@ class Pruner(MaskedModel, ABC):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model: got {type(model).__name__}; expected a torch.nn.Module")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ConfigError(f"model: got a {type(model).__name__}; pass it before it is scripted")
         if dependency_aware:
             if mode not in ("normal", "dependency_aware"):
                 raise ConfigError(f"got mode={mode!r} and dependency_aware=True; choose one")
@@ -319,7 +322,8 @@ class Pruner(MaskedModel, ABC):
         elif self.mode in ("global", "isomorphic") and not self.targets.groups:
             problems = [
                 f"mode={self.mode!r} is one ranking under a total_sparsity, and no entry of the "
-                "config_list that selects a layer has one; give total_sparsity, or leave mode out"
+                "config_list that selects a layer has one; give total_sparsity, or another mode, "
+                f"such as mode={self.modes[0]!r}"
             ]
         raise_all(type(self).__name__, problems)
 

@@ -293,6 +293,11 @@ class _Analysis(SensitivityPruner):
 
     _needs_threshold: ClassVar[bool] = False
 
+    def _check_arguments(self) -> None:
+        problems = self._problems()
+        if problems:
+            raise ConfigError("sensitivity_analysis cannot begin:", problems)
+
 
 class _Call:
     """A user's function with further arguments, of a model; pickled by the function's name."""

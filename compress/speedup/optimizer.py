@@ -14,12 +14,19 @@ from compress.speedup.plan import Plan, Slice
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Whether all state lies along its parameter's axes.
+    """Whether it trains this model, and all state lies along its parameter's axes.
 
     A state tensor can shrink when it is a number, or has for each axis of the parameter the same
     size, or 1 (Adafactor's averages over rows and columns). Errors: ``SpeedupError`` for anything
-    else, such as the one flat history of LBFGS.
+    else, such as the one flat history of LBFGS, and for an optimizer of another model: of a copy
+    from before, its state would silently stay as large as it is.
     """
+    trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    if not any(id(parameter) in trained for parameter in model.parameters()):
+        raise SpeedupError(
+            f"optimizer: this {type(optimizer).__name__} trains no parameter of the model; pass "
+            "one that was made of this model's parameters, not of a copy's"
+        )
     for path, parameter in model.named_parameters():
         for name, value in optimizer.state.get(parameter, {}).items():
             for tensor in tensors_in(value):

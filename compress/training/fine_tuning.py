@@ -117,7 +117,7 @@ def fine_tune(
         ConfigError: lists what is missing or wrong; nothing has been trained.
         CompressError: a loss is NaN or infinite.
     """
-    _check(model, evaluator, epochs, optimizer, precision, clip_norm, early_stopping)
+    _check(model, evaluator, epochs, optimizer, schedule, precision, clip_norm, early_stopping)
     if optimizer is None:
         assert evaluator.optimizer_factory is not None, "_check has asked for it"
         optimizer = evaluator.optimizer_factory([p for p in model.parameters() if p.requires_grad])
@@ -206,6 +206,7 @@ def _check(
     evaluator: Evaluator,
     epochs: int,
     optimizer: Optimizer | None,
+    schedule: Callable[[Optimizer], Any] | None,
     precision: torch.dtype | None,
     clip_norm: float | None,
     early_stopping: EarlyStopping | None,
@@ -216,6 +217,11 @@ def _check(
         problems.append(f"evaluator: {lacking}")
     if type(epochs) is not int or epochs < 0:
         problems.append(f"epochs: got {epochs!r}; expected a whole number ≥ 0")
+    if not (schedule is None or callable(schedule)):
+        problems.append(
+            f"schedule: got {type(schedule).__name__}; expected a function that makes one of an "
+            "optimizer, such as lambda optimizer: StepLR(optimizer, 10)"
+        )
     if precision is not None and precision not in _PRECISIONS:
         problems.append(f"precision: got {precision}; expected torch.bfloat16 or torch.float16")
     if clip_norm is not None and not clip_norm > 0:
