@@ -293,6 +293,10 @@ class _Analysis(SensitivityPruner):
 
     _needs_threshold: ClassVar[bool] = False
 
+    @property
+    def _title(self) -> str:
+        return "sensitivity analysis"
+
 
 class _Call:
     """A user's function with further arguments, of a model; pickled by the function's name."""
