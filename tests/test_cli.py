@@ -286,6 +286,14 @@ def test_sensitivity(folder):
     assert Path("curves.csv").read_text().startswith("layername,0.25,0.5")
     assert "eval_fn" in told("sensitivity", *NETS)
     assert "expected numbers" in told("sensitivity", job, "--sparsities", "a")
+    wrong = told("sensitivity", job, "--sparsities", "1.5")
+    assert "sensitivity analysis cannot be made" in wrong
+
+
+def test_sensitivity_asks_for_matplotlib_before_it_measures(folder, monkeypatch):
+    job = write(folder / "job.json", model="no_such_module:f")
+    monkeypatch.setattr("compress.charts.figure.find_spec", lambda name: None)
+    assert "figures need matplotlib" in told("sensitivity", job, "--output", "curves.png")
 
 
 def export(target, *arguments):
@@ -412,6 +420,30 @@ def test_a_folder_that_is_not_there_is_told_before_the_work(folder):
     ):
         assert "there is no folder no" in told(*arguments)
     assert "expected a file .csv" in told("sensitivity", job, "--output", "c.txt")
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(folder, monkeypatch):
+    job = write(folder / "job.json", config_list=CONFIG, model="no_such_module:f")
+    Path("taken.html").mkdir()
+    assert "taken.html: it is a folder" in told("report", job, "--html", "taken.html")
+    assert "it is a folder" in told("prune", job, "--masks", ".")
+    same = told("prune", job, "--masks", "a.safetensors", "--small", "./a.safetensors")
+    assert "masks, small: got './a.safetensors' for both; expected two files" in same
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    assert "the folder . cannot be written" in told("export", job, "--to", "x.pt2")
+
+
+def test_a_disk_that_is_full_is_no_traceback(folder, monkeypatch):
+    def full(path, *_, **__):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    job = Path("job.yaml")
+    with job.open("w") as file:
+        json.dump({"model": "cli_nets:net", "dummy_input": [2, 3, 8, 8]}, file)
+    run("prune", job, "--sparsity", 0.5, "--masks", "masks.safetensors")
+    arguments = ("report", job, "--masks", "masks.safetensors", "--html", "page.html")
+    assert "No space left on device: 'page.html'" in told(*arguments, "--repeats", 1)
 
 
 def test_usage_errors_are_2_and_debug_shows_where(folder):

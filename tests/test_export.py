@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -186,11 +186,38 @@ def test_weights_beside_a_file_that_would_be_too_large(
 def test_errors_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="Net does not run on dummy_input"):
         to_onnx(Net(), torch.rand(1, 3, 8, 8), tmp_path / "net.onnx")
-    with pytest.raises(FileNotFoundError, match=r"the folder .* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*; make it first"):
         to_onnx(Counting(), X, tmp_path / "none" / "net.onnx", dynamic_batch=False)
+    with pytest.raises(ExportError, match=r"of_doubles\.onnx: onnxruntime does not take") as caught:
+        to_onnx(Net().double(), X.double(), tmp_path / "of_doubles.onnx")
+    assert ".of_doubles" not in str(caught.value), "the name that was asked for"
+    with pytest.raises(ExportError, match=r"got a OrderedDict; expected a torch\.nn\.Module"):
+        to_exported(cast(Any, Net().state_dict()), X)
+    with pytest.raises(ExportError, match="runtimes: got the text 'onnxruntime'; expected a list"):
+        compare_runtimes(Net(), X, runtimes="onnxruntime")
     (tmp_path / "text.onnx").write_text("text")
     with pytest.raises(ExportError, match=r"text\.onnx: onnxruntime does not take this file"):
         OnnxModel(tmp_path / "text.onnx")
+
+
+@pytest.mark.parametrize("extra", [3, 2.5, "words", True])
+def test_onnx_has_no_outputs_but_tensors(extra: object, tmp_path: Path) -> None:
+    class Told(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            return {"scores": super().forward(x), "extra": extra}
+
+    words = f"Told cannot be written as ONNX.*: output 2 of 3 is {extra!r}; return a tensor"
+    with pytest.raises(ExportError, match=words):
+        to_onnx(Told(), X, tmp_path / "told.onnx")
+    assert names(tmp_path) == []
+
+
+def test_an_output_of_none_is_left_out(tmp_path: Path) -> None:
+    class Empty(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x), None
+
+    assert to_onnx(Empty(), X, tmp_path / "empty.onnx").parity
 
 
 def test_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

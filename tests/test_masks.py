@@ -215,7 +215,7 @@ def test_bad_files_name_the_file_and_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
-    with pytest.raises(MaskError, match=r"the folder .* does not exist"):
+    with pytest.raises(MaskError, match=r"there is no folder .*; make it first"):
         small_masks().save(tmp_path / "no" / "masks")
     (tmp_path / "folder").mkdir()
     with pytest.raises(MaskError, match="cannot be saved"):

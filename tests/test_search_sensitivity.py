@@ -362,5 +362,5 @@ def test_bad_arguments() -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="acc_drop_threshold: got None"):
         SensitivityPruner(network(), CONFIG, evaluate, acc_drop_threshold=None)
-    with pytest.raises(ConfigError, match=r"(?s)^sensitivity_analysis cannot.*sparsities: got"):
+    with pytest.raises(ConfigError, match=r"(?s)^sensitivity analysis cannot.*sparsities: got"):
         sensitivity_analysis(network(), CONFIG, evaluate, ())

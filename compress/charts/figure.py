@@ -25,14 +25,19 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
+def require_matplotlib() -> None:
+    """Raise ChartError where it is missing."""
+    if not can_draw():
+        raise ChartError("figures need matplotlib: pip install 'compress-torch[report]'")
+
+
 def draw(picture: Picture) -> Figure:
     """A matplotlib figure of a chart, which can be changed before it is saved.
 
     Raises:
         ChartError: matplotlib is not installed.
     """
-    if not can_draw():
-        raise ChartError("figures need matplotlib: pip install 'compress-torch[report]'")
+    require_matplotlib()
     return _bars(picture) if isinstance(picture, Bars) else _curves(picture)
 
 

@@ -53,7 +53,7 @@ def save(
             parameter is of a kind that files cannot hold; the provenance is not JSON; the file
             cannot be written. An older file is as it was.
     """
-    target = Path(path) / WEIGHTS if os.path.isdir(path) else Path(path)
+    target = file_of(path)
     _check_model(model)
     kept = check_provenance(provenance)
     with suspend_masks(model) as suspended:
@@ -79,6 +79,11 @@ def save(
             provenance=kept,
         )
         _write(target, recipe, {**tensors, **masks})
+
+
+def file_of(path: str | os.PathLike[str]) -> Path:
+    """The file that `save` writes: ``path``, or one of a fixed name in an existing folder."""
+    return Path(path) / WEIGHTS if os.path.isdir(path) else Path(path)
 
 
 def versions() -> dict[str, str]:

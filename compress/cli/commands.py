@@ -11,6 +11,8 @@ import typer
 from torch import nn
 
 import compress
+from compress.charts.figure import require_matplotlib
+from compress.checkpoint.saving import file_of
 from compress.cli.exporting import (
     calibration_inputs,
     check_options,
@@ -34,6 +36,7 @@ from compress.cli.running import Answer, grid, registrar, unwrapped
 from compress.errors import ConfigError
 from compress.export import RuntimeComparison, compare_runtimes
 from compress.export.runtimes import RUNTIMES
+from compress.files import check_writable
 from compress.graph.channels import ChannelGraph
 from compress.masks import applied_masks
 from compress.measure import Latency, Measurement, compare, summarize, table
@@ -48,7 +51,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 command = registrar(app)
-CURVES = (".csv", ".json", ".png", ".svg", ".pdf")
+TABLES = (".csv", ".json")
+CURVES = (*TABLES, ".png", ".svg", ".pdf")
 
 
 def _version(asked: bool) -> None:
@@ -174,11 +178,13 @@ def sensitivity(
     Example: [bold]compress sensitivity prune.yaml --sparsities 0.25,0.5 --output curves.csv[/bold]
     """
     if output is not None:
-        _check_folders(str(output))
+        check_writable(output)
         if output.suffix not in CURVES:
             raise ConfigError(
                 f"--output: got {output}; expected a file {', '.join(CURVES[:-1])} or {CURVES[-1]}"
             )
+        if output.suffix not in TABLES:
+            require_matplotlib()
     model, evaluator = build_model(job), make_evaluator(job)
     if evaluator is None:
         raise ConfigError(
@@ -196,7 +202,7 @@ def sensitivity(
             seed=job.seed,
         )
     if output is not None:
-        (found.export if output.suffix in (".csv", ".json") else found.plot)(output)
+        (found.export if output.suffix in TABLES else found.plot)(output)
     data = {"dense": found.dense, "performances": found.performances, "layers": found.layers}
     return Answer(data, (str(found),), () if output is None else (str(output),))
 
@@ -233,7 +239,7 @@ def prune(job: Job) -> Answer:
     """
     if job.masks is None and job.small is None:
         raise ConfigError("nothing to write: pass --masks FILE, --small FILE, or both")
-    _check_folders(job.masks, job.small)
+    _check_files(job.masks, job.small)
     function = None if job.train is None else resolve("train", job.train)
     model, evaluator = build_model(job), make_evaluator(job)
     pruner = make_pruner(job, model, evaluator)
@@ -269,7 +275,7 @@ def speedup(job: Job) -> Answer:
     """
     if job.small is None:
         raise ConfigError("nothing to write: pass --small FILE")
-    _check_folders(job.small)
+    _check_files(None, job.small)
     function = None if job.train is None else resolve("train", job.train)
     model, masks = build_model(job), read_masks(job)
     if masks is None and not applied_masks(model):
@@ -291,12 +297,12 @@ def _shrink(job: Job, model: nn.Module) -> Report:
     return shrinking.report
 
 
-def _check_folders(*paths: str | None) -> None:
-    """Raise where a file could not be written, before the work is done."""
-    for path in _paths(*paths):
-        folder = Path(path).parent
-        if not folder.is_dir():
-            raise ConfigError(f"{path}: there is no folder {folder}; make it first")
+def _check_files(masks: str | None, small: str | None) -> None:
+    """Raise where the job's files could not be written, before the work is done."""
+    if masks is not None:
+        check_writable(masks)
+    if small is not None:
+        check_writable(file_of(small))
 
 
 def _paths(*paths: str | None) -> tuple[str, ...]:
@@ -386,7 +392,7 @@ def export(
     """
     names = [name for name in runtimes.split(",") if name]
     check_options(to, int8, names)
-    _check_folders(str(to))
+    check_writable(to)
     if job.small is None and job.masks is not None:
         raise ConfigError("small: it is missing, and there are masks; run compress speedup first")
     model = (build_model(job) if job.small is None else load_small(job)).eval()
@@ -453,7 +459,8 @@ def report(
     """
     pages = [path for path in (html, markdown) if path is not None]
     check_pages(html, markdown)
-    _check_folders(*map(str, pages))
+    for path in pages:
+        check_writable(path)
     if not pages and (sensitivity or search):
         raise ConfigError("--sensitivity and --search are for a page; pass --html or --markdown")
     answer = told(job)

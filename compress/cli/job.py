@@ -161,7 +161,7 @@ def parse_job(where: str, raw: Mapping[str, Any]) -> Job:
     except ValidationError as error:
         told = dict.fromkeys(_problem(dict(one)) for one in error.errors(include_url=False))
         raise ConfigError(f"{where} cannot be carried out:", list(told)) from error
-    problems = _pruner_problems(job.pruner)
+    problems = _pruner_problems(job.pruner) + _file_problems(job)
     if not problems and job.config_list is not None:
         problems = entry_problems(job.pruner.name, job.config_list)
     if problems:
@@ -181,6 +181,14 @@ def _pruner_problems(pruner: PrunerSpec) -> list[str]:
         for name in given
         if name not in known
     ]
+
+
+def _file_problems(job: Job) -> list[str]:
+    """One file for both: the second that is written would take the place of the first."""
+    if job.masks is None or job.small is None:
+        return []
+    same = Path(job.masks).resolve() == Path(job.small).resolve()
+    return [f"masks, small: got {job.small!r} for both; expected two files"] if same else []
 
 
 def _problem(error: Mapping[str, Any]) -> str:

@@ -124,7 +124,7 @@ def _with_options(function: Callable[..., Answer], options: tuple[str, ...]) -> 
             with redirect_stdout(sys.stderr), warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: _told(f"warning: {message}")
                 answer = function(_job(given), **own_values)
-        except CompressError as error:
+        except (CompressError, OSError) as error:  # such as a file that cannot be written
             if debug:
                 raise
             _told(f"error: {error}")

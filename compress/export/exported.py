@@ -23,6 +23,8 @@ from compress.speedup.compare import batch_size_of
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode, with the masks written into its parameters and taken off."""
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"got a {type(model).__name__}; expected a torch.nn.Module")
     copy = deepcopy(model)
     remove_masks(copy)
     return copy.eval()

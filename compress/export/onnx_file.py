@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from compress.errors import ExportError
 from compress.export.exported import batch_axes, export_program, plain_copy
@@ -25,6 +26,7 @@ from compress.graph.trace import tensors_in
 from compress.speedup.compare import Verification
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal, in torch's messages
 # A protobuf message holds less than 2 GiB; what is not weights has some of it.
 ONE_FILE_BYTES = 2**31 - 2**26
 
@@ -85,7 +87,7 @@ def to_onnx(
     def accept(temporary: Path) -> None:
         if check:
             sizes = batch_sizes if dynamic_batch else ()
-            runtime = OnnxModel(temporary)
+            runtime = _loaded(temporary, target)
             seen = parity(runtime, model, dummy_input, batch_sizes=sizes, tolerance=tolerance)
             raise_unless_same(seen, model, "ONNX in onnxruntime")
             found.append(seen)
@@ -161,6 +163,7 @@ def require_onnx(what: str, packages: Sequence[str]) -> None:
 def onnx_program(model: nn.Module, dummy_input: Any, dynamic_batch: bool, **options: Any) -> Any:
     """The ``torch.onnx.ONNXProgram`` of a plain copy of a model."""
     program = export_program(plain_copy(model), dummy_input, dynamic_batch)
+    _check_outputs(program, type(model).__name__)
     if dynamic_batch:  # once more: torch takes the axis' name from here
         options["dynamic_shapes"] = batch_axes(dummy_input)
     try:
@@ -171,8 +174,32 @@ def onnx_program(model: nn.Module, dummy_input: Any, dynamic_batch: bool, **opti
     except Exception as error:
         raise ExportError(
             f"{type(model).__name__} cannot be written as ONNX by torch {torch.__version__}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {COLOURS.sub('', str(error))}"
         ) from error
+
+
+def _loaded(temporary: Path, target: Path) -> OnnxModel:
+    """The file under its temporary name; errors have the name that the caller knows."""
+    try:
+        return OnnxModel(temporary)
+    except ExportError as error:
+        raise ExportError(str(error).replace(str(temporary), str(target))) from error
+
+
+def _check_outputs(program: torch.export.ExportedProgram, name: str) -> None:
+    """Raise for a number or a string among the outputs, which ONNX does not have; None is none."""
+    specs = program.graph_signature.output_specs
+    outputs = [spec.arg for spec in specs if spec.kind == OutputKind.USER_OUTPUT]
+    problems = [
+        f"output {index} of {len(outputs)} is {arg.value!r}"
+        for index, arg in enumerate(outputs)
+        if isinstance(arg, ConstantArgument) and arg.value is not None
+    ]
+    if problems:
+        raise ExportError(
+            f"{name} cannot be written as ONNX, which has tensors only: {', '.join(problems)}; "
+            "return a tensor, or leave it out"
+        )
 
 
 def _write(model: Any, target: Path, accept: Callable[[Path], None]) -> tuple[Path, ...]:

@@ -71,6 +71,8 @@ def compare_runtimes(
     Errors: ``TraceError`` where the model does not run on ``dummy_input``; ``ExportError`` for a
     runtime that there is not.
     """
+    if isinstance(runtimes, str):
+        raise ExportError(f"runtimes: got the text {runtimes!r}; expected a list of names")
     if unknown := set(runtimes) - set(RUNTIMES):
         raise ExportError(f"runtimes has {sorted(unknown)}; expected some of {list(RUNTIMES)}")
     plain = plain_copy(model)

@@ -238,6 +238,11 @@ class SearchPruner(MaskedModel):
             given.setdefault("dummy_input", self.dummy_input)
         return given
 
+    @property
+    def _title(self) -> str:
+        """What a user calls it."""
+        return type(self).__name__
+
     # -- the session -----------------------------------------------------------------------
 
     @contextmanager
@@ -247,7 +252,7 @@ class SearchPruner(MaskedModel):
         self.key = self._key()
         journal = Journal(self.experiment_data_dir, self.key)
         job = Job(self.evaluator, self.fine_tuner, 0, torch.get_num_threads())
-        name, replayed = type(self).__name__, sum(entry.isdigit() for entry in journal)
+        name, replayed = self._title, sum(entry.isdigit() for entry in journal)
         try:
             with eager(), progress_bar(name, self._planned(), self.progress) as advance:
 
@@ -356,7 +361,7 @@ class SearchPruner(MaskedModel):
     def _check_arguments(self) -> None:
         problems = self._problems()
         if problems:
-            raise ConfigError(f"{type(self).__name__} cannot be made:", problems)
+            raise ConfigError(f"{self._title} cannot be made:", problems)
 
     def _problems(self) -> list[str]:
         problems = []

@@ -293,10 +293,9 @@ class _Analysis(SensitivityPruner):
 
     _needs_threshold: ClassVar[bool] = False
 
-    def _check_arguments(self) -> None:
-        problems = self._problems()
-        if problems:
-            raise ConfigError("sensitivity_analysis cannot begin:", problems)
+    @property
+    def _title(self) -> str:
+        return "sensitivity analysis"
 
 
 class _Call:
