@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import escape
+
 from compress.charts import draw
 from compress.errors import ReportError
 from compress.files import write_atomically
@@ -81,8 +83,6 @@ class PruningReport:
 
     def _repr_html_(self) -> str:
         """In a notebook: the page in a frame of its own."""
-        from markupsafe import escape
-
         page = escape(self.html())
         return f'<iframe srcdoc="{page}" style="width:100%;height:40em;border:0"></iframe>'
 
