@@ -11,7 +11,6 @@ BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 PURPLE, SKY, GREY = "#cc79a7", "#56b4e9", "#8a8a8a"
 PALETTE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
 MARKERS = ("circle", "square", "diamond", "triangle", "cross")
-STYLES = ("line", "steps", "points", "rings")
 _PREFIXES = {12: "T", 9: "G", 6: "M", 3: "k", 0: ""}
 
 
