@@ -85,6 +85,15 @@ ANSWERED: dict[str, Callable[[], Any]] = {
     "interpolate": lambda: F.interpolate(x, size=(5, 4), mode="bilinear", align_corners=False),
     "mean": lambda: x.mean((2, 3), keepdim=True),
     "mean over one": lambda: x.mean(-1),
+    "sum": lambda: x.sum((0, -1)),
+    "linear of transposed features": lambda: F.linear(new(3, 8, 5).mT, new(4, 8), new(4)),
+    "a power": lambda: x**2,
+    "a root": lambda: x.pow(0.5),
+    "dropout": lambda: F.dropout(x, 0.1),
+    "embedding": lambda: F.embedding(new(2, 5, dtype=torch.int64), new(9, 4), padding_idx=1),
+    "weight_norm": lambda: torch._weight_norm(new(4, 3, 5), new(1, 1, 5), 2),
+    "cat": lambda: torch.cat([x, new(2, 1, 9, 9)], 1),
+    "cat, with strides": lambda: torch.cat((new(1, 1, 4).expand(2, 1, 4), new(2, 4, 3).mT), dim=1),
 }
 
 LEFT: dict[str, Callable[[], Any]] = {
@@ -100,6 +109,17 @@ LEFT: dict[str, Callable[[], Any]] = {
     "complex": lambda: new(3, dtype=torch.complex64).abs(),
     "mean of all": lambda: x.mean(),
     "transposed": lambda: x.transpose(1, 2).mean(1),
+    "sum of truths": lambda: new(3, 2, dtype=torch.bool).sum(1),
+    "dropout in eval mode": lambda: F.dropout(x, 0.1, training=False),
+    "dropout of nothing": lambda: F.dropout(x, 0.0),
+    "dropout in place": lambda: F.dropout(new(3), 0.1, inplace=True),
+    "embedding, renormalised": lambda: F.embedding(
+        new(2, dtype=torch.int64), new(9, 4), max_norm=1.0
+    ),
+    "a power of each": lambda: x ** new(9),
+    "cat of another layout": lambda: torch.cat([last(x), last(x)], 1),
+    "cat with an empty one": lambda: torch.cat([new(0), new(2, 3)], 1),
+    "cat, promoted": lambda: torch.cat([new(3).half(), new(3)]),
 }
 
 
@@ -127,6 +147,8 @@ def test_the_unusual_is_left_to_torch(build: Build) -> None:
         lambda: F.layer_norm(x, (8,)),
         lambda: x + new(5),
         lambda: qkv @ qkv,
+        lambda: torch.cat([new(2, 3), new(3, 3)], 1),
+        lambda: F.linear(new(3, 8, 5).mT, new(4, 7)),
     ],
 )
 def test_what_does_not_fit_raises_torchs_error(build: Build) -> None:

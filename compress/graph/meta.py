@@ -24,7 +24,10 @@ def quick_result(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Ten
     ``name`` is the plain one: ``add`` for ``add_`` and ``__add__``, too.
     """
     quick = _QUICK.get(name)
-    if quick is None or not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
+    if quick is None or not args:
+        return None
+    first = args[0][0] if isinstance(args[0], (tuple, list)) and args[0] else args[0]
+    if not isinstance(first, Tensor) or not first.is_meta:
         return None
     own = getattr(func, "__name__", "")
     if own[-1:] == "_" and own[-2:] != "__":  # in place
@@ -48,14 +51,17 @@ def _new(like: Tensor, shape: Iterable[int]) -> Tensor:
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
 
 
-def _plain(*tensors: Any) -> bool:
-    """Whether all are on meta, of the first one's dtype, and in torch's default layout."""
+def _alike(*tensors: Any) -> bool:
+    """Whether all (but None) are on meta and of the first one's dtype."""
     dtype = tensors[0].dtype
     return all(
-        isinstance(t, Tensor) and t.is_meta and t.dtype == dtype and t.is_contiguous()
-        for t in tensors
-        if t is not None
+        isinstance(t, Tensor) and t.is_meta and t.dtype == dtype for t in tensors if t is not None
     )
+
+
+def _plain(*tensors: Any) -> bool:
+    """Whether all (but None) are alike and in torch's default layout."""
+    return _alike(*tensors) and all(t.is_contiguous() for t in tensors if t is not None)
 
 
 # -- as long as the input ------------------------------------------------------------------
@@ -103,6 +109,25 @@ def _unary(first: Tensor, *_: Any, approximate: str = "none") -> Tensor | None:
     return first.clone() if first.dtype.is_floating_point else None
 
 
+@_quick("pow")
+def _power(first: Tensor, exponent: Any) -> Tensor | None:
+    given = isinstance(exponent, (int, float)) and first.dtype.is_floating_point
+    return first.clone() if given else None
+
+
+@_quick("dropout")
+def _dropout(
+    first: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor | None:
+    """A new tensor where something is dropped; else torch returns the same one."""
+    return first.clone() if training and not inplace and 0 < p < 1 and first.numel() else None
+
+
+@_quick("weight_norm")
+def _weight_norm(first: Tensor, size: Any, dim: int = 0) -> Tensor | None:
+    return first.clone() if _plain(first, size) and first.dim() == size.dim() else None
+
+
 @_quick("softmax", "log_softmax")
 def _softmax(
     first: Tensor, dim: Any = None, *rest: Any, dtype: Any = None, _stacklevel: int = 3
@@ -143,7 +168,7 @@ def _broadcast(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
 
 @_quick("linear")
 def _linear(first: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    if weight.dim() != 2 or not _plain(first, weight, bias) or first.shape[-1:] != weight.shape[1:]:
+    if weight.dim() != 2 or not _alike(first, weight, bias) or first.shape[-1:] != weight.shape[1:]:
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
         return None
@@ -227,8 +252,35 @@ def _interpolate(
     return _new(first, (*first.shape[:2], *size))
 
 
-@_quick("mean")
-def _mean(first: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | None:
+@_quick("embedding")
+def _embedding(
+    first: Tensor, weight: Any, padding_idx: Any = None, max_norm: Any = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> Tensor | None:  # fmt: skip
+    if not isinstance(weight, Tensor) or not weight.is_meta or weight.dim() != 2:
+        return None
+    if first.dtype not in (torch.int64, torch.int32) or max_norm is not None:
+        return None
+    return _new(weight, (*first.shape, weight.shape[1]))
+
+
+@_quick("cat")
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    first = tensors[0]
+    rank = first.dim()
+    # Images of another layout keep it; of other ranks torch lays out the result anew.
+    fits = _plain(*tensors) if rank in (4, 5) else _alike(*tensors)
+    if not fits or any(t is None or t.dim() != rank for t in tensors) or not -rank <= dim < rank:
+        return None
+    axis, shape = dim % rank, list(first.shape)
+    if any(t.shape[i] != shape[i] for t in tensors for i in range(rank) if i != axis):
+        return None
+    shape[axis] = sum(t.shape[axis] for t in tensors)
+    return _new(first, shape)
+
+
+@_quick("mean", "sum")
+def _reduced(first: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | None:
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, (tuple, list)) or not dims or not _plain(first):
         return None

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from compress.graph.meta import quick_result
-from compress.graph.values import InputValues
+from compress.graph.values import InputValues, memory_of, version_of
 
 if TYPE_CHECKING:
     from compress.graph.jumps import Jump, Jumps, Settled
@@ -165,7 +165,7 @@ class Recorder(TorchFunctionMode):
         The first name counts: a module may hold its parameters in a plain list as well.
         """
         self._announced.setdefault(id(stand_in), (path, tensor, kind))
-        self._sharing.setdefault(_memory(stand_in), []).append(stand_in)
+        self._sharing.setdefault(memory_of(stand_in), []).append(stand_in)
 
     def placeholder(self, index: int, stand_in: torch.Tensor) -> None:
         node = self.graph.placeholder(f"input_{index}")
@@ -188,7 +188,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         target = kwargs["out"] if "out" in kwargs else args[0] if args else None
         target = target if isinstance(target, torch.Tensor) else None
-        version = None if target is None else _version(target)
+        version = None if target is None else version_of(target)
         # The arguments become nodes before the call: in place, it changes what they stand for.
         node_args = (self._as_nodes(args), self._as_nodes(kwargs))
         decided = self.on_meta and self.values.decide(func, args, kwargs)
@@ -200,8 +200,8 @@ class Recorder(TorchFunctionMode):
             version = -1  # written
         if name == "set_data" or (target is not None and _writes_uncounted(func, target, kwargs)):
             version = -1
-        if target is not None and not decided and _version(target) != version:
-            for each in self._sharing.get(_memory(target), ()):
+        if target is not None and not decided and version_of(target) != version:
+            for each in self._sharing.get(memory_of(target), ()):
                 self.values.forget(each)
         self._note(name, func, node_args, target, version, result)
         return result
@@ -220,7 +220,7 @@ class Recorder(TorchFunctionMode):
         self, name: str, func: Any, node_args: Any, target: Any, version: int | None, result: Any
     ) -> None:
         """Make the node of a call that wrote ``target``, or returned ``result``, or both."""
-        if target is not None and _version(target) != version:
+        if target is not None and version_of(target) != version:
             self._write(self._call(name, func, *node_args), target)
         elif isinstance(result, torch.Tensor):
             if result is not target:  # contiguous(), dropout in eval: the same tensor
@@ -245,7 +245,7 @@ class Recorder(TorchFunctionMode):
         node.meta["dtype"] = tensor.dtype
         self._nodes[id(tensor)] = node
         self._written.pop(id(tensor), None)
-        self._sharing.setdefault(_memory(tensor), []).append(tensor)
+        self._sharing.setdefault(memory_of(tensor), []).append(tensor)
 
     def _register_many(self, node: fx.Node, result: Any) -> None:
         items = list(result.values() if isinstance(result, Mapping) else result)
@@ -261,7 +261,7 @@ class Recorder(TorchFunctionMode):
 
     def _write(self, node: fx.Node, tensor: torch.Tensor) -> None:
         """``tensor`` was written in place: now it is ``node``; what shares its memory is stale."""
-        for other in self._sharing.get(_memory(tensor), ()):
+        for other in self._sharing.get(memory_of(tensor), ()):
             if other is not tensor:
                 self._written[id(other)] = node
         self.effects.append(node)
@@ -296,7 +296,7 @@ class Recorder(TorchFunctionMode):
         node.meta["dtype"] = tensor.dtype
         self._nodes[id(tensor)] = node
         if kind == "unseen":
-            self._sharing.setdefault(_memory(tensor), []).append(tensor)
+            self._sharing.setdefault(memory_of(tensor), []).append(tensor)
         return node
 
     def _as_nodes(self, value: Any) -> Any:
@@ -340,24 +340,11 @@ def location(node: fx.Node) -> str:
     return f"{module} ({where})" if where else module
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """How often the tensor was written; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _writes_uncounted(func: Any, tensor: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a call writes an inference tensor, by its name: ``add_``, ``__setitem__``."""
     name = getattr(func, "__name__", "")
     in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     return tensor.is_inference() and (in_place or "out" in kwargs or bool(kwargs.get("inplace")))
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    """What tensors that share memory have in common; on meta as well."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse and other exotic layouts
-        return id(tensor)
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:

@@ -7,14 +7,17 @@ on its real parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 LARGEST = 2**18  # entries of a tensor: those of an image, and all are kept for as long as the run
+_NOTHING = object()
 
 
 class InputValues:
@@ -41,7 +44,7 @@ class InputValues:
         """Whether all that a call works on is known."""
         if args and isinstance(args[0], Tensor) and id(args[0]) not in self._real:
             return False  # nearly all calls
-        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        tensors = _found((args, kwargs), Tensor)
         if not tensors:
             return func in _device_constructors()
         return all(id(tensor) in self._real for tensor in tensors)
@@ -52,16 +55,21 @@ class InputValues:
         Raises:
             Exception: of the call on meta, where it fails for real as well.
         """
+        real: Any = _NOTHING
+        if _surely_small(args, kwargs):
+            real, apart = self._for_real(func, args, kwargs)
+            if apart:
+                return tree_map_only(Tensor, self._stand_in, real)
         try:
             result = func(*args, **kwargs)
         except Exception:  # it needs values: bool(mask), nonzero(); or it fails for real, too
-            real = self._really(func, args, kwargs)
+            real = self._really(func, args, kwargs) if real is _NOTHING else real
             return tree_map_only(Tensor, self._stand_in, real)
-        if any(v.numel() > LARGEST for v in tree_leaves(result) if isinstance(v, Tensor)):
+        if any(tensor.numel() > LARGEST for tensor in _found(result, Tensor)):
             self._forget_written(args, kwargs)
             return result
         try:
-            real = self._really(func, args, kwargs)
+            real = self._really(func, args, kwargs) if real is _NOTHING else real
         except Exception:  # only meta can do it
             self._forget_written(args, kwargs)
             return result
@@ -73,26 +81,84 @@ class InputValues:
                 self._put(stand_in, tensor)
         return result if any(isinstance(v, Tensor) for v in found) else real
 
+    def _for_real(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        """What a call gives, and whether that is apart from its arguments: no view, none written.
+
+        Then its stand-ins share no memory, and it need not run on meta, where it may take twenty
+        times as long.
+        """
+        given = [self._real[id(tensor)][1] for tensor in _found((args, kwargs), Tensor)]
+        versions = list(map(version_of, given))
+        try:
+            real = self._really(func, args, kwargs)
+        except Exception:  # only meta can do it, perhaps
+            return _NOTHING, False
+        memory = set(map(memory_of, given))
+        views = any(memory_of(tensor) in memory for tensor in _found(real, Tensor))
+        return real, not views and list(map(version_of, given)) == versions
+
     def _really(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         def real(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return self._real[id(value)][1]
+            if isinstance(value, tuple):
+                return tuple(map(real, value))
+            if isinstance(value, list):
+                return list(map(real, value))
+            if isinstance(value, slice):
+                return slice(real(value.start), real(value.stop), real(value.step))
             if isinstance(value, torch.device) and value.type == "meta":
                 return self._device
             return self._device if isinstance(value, str) and value == "meta" else value
 
-        args, kwargs = tree_map(real, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*real(args), **{name: real(value) for name, value in kwargs.items()})
 
     def _stand_in(self, real: Tensor) -> Tensor:
         stand_in = torch.empty_like(real, device="meta")
         self._put(stand_in, real)
         return stand_in
 
-    def _forget_written(self, args: Any, kwargs: dict[str, Any]) -> None:
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self.forget(tensor)
+    def _forget_written(self, args: Any, kwargs: Any) -> None:
+        for tensor in _found((args, kwargs), Tensor):
+            self.forget(tensor)
+
+
+def _found(value: Any, kinds: Any) -> list[Any]:
+    """Those of some kinds among arguments or results; torch's ``tree_leaves`` takes far longer."""
+    if isinstance(value, kinds):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [leaf for each in value for leaf in _found(each, kinds)]
+
+
+def _surely_small(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether what a call makes has at most `LARGEST` entries, whatever it does.
+
+    They come from the entries of its tensors, each with each, and from its whole numbers.
+    """
+    tensors, numbers = _found((args, kwargs), Tensor), _found((args, kwargs), (int, float))
+    if not tensors and any(isinstance(number, float) for number in numbers):
+        return False  # arange(0.0, 1.0, 1e-9)
+    sizes = (abs(n) for n in (*(t.numel() for t in tensors), *numbers) if isinstance(n, int))
+    return prod(max(1, size) for size in sizes) <= LARGEST
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was written; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common; on meta as well."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse and other exotic layouts
+        return id(tensor)
 
 
 def _shape(value: Any) -> Any:
