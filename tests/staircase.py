@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from compress.cost import shrunk, table
-from compress.graph.trace import function_name
+from compress.graph.watch import function_name
 from compress.measure import Latency
 
 STEP, SLOWER, FIXED_MS = 8, 1.5, 0.5

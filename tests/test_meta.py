@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from compress.graph.meta import quick_result
-from compress.graph.trace import function_name
+from compress.graph.watch import function_name
 
 Build = Callable[..., Tensor]
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from compress import L1FilterPruner
 from compress.errors import ConfigError, TraceError
 from compress.graph.run import record
-from compress.graph.trace import Trace, function_name
+from compress.graph.trace import Trace
+from compress.graph.watch import function_name
 from compress.rules.registry import RULES
 
 

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress.graph.channels import ChannelGraph, Step
 from compress.graph.run import rng_kept
-from compress.graph.trace import tensors_in
 from compress.graph.walk import leaves_of
+from compress.graph.watch import tensors_in
 from compress.measure.summary import FlopCounter
 from compress.rules.registry import Call, Rule
 

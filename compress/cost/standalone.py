@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from compress.cost.calls import Work, arguments
-from compress.graph.trace import tensors_in
+from compress.graph.watch import tensors_in
 
 Shapes = Mapping[fx.Node, tuple[int, ...]]
 

@@ -22,7 +22,7 @@ from compress.errors import ExportError
 from compress.export.exported import batch_axes, export_program, plain_copy
 from compress.export.parity import BATCH_SIZES, parity, raise_unless_same
 from compress.files import write_atomically
-from compress.graph.trace import tensors_in
+from compress.graph.watch import tensors_in
 from compress.speedup.compare import Verification
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -11,7 +11,7 @@ from torch import nn
 from compress.errors import ExportError
 from compress.graph.jumps import absolute_error, relative_error, rounding_of
 from compress.graph.run import as_arguments, does_not_run, evaluating, rng_kept, state_kept
-from compress.graph.trace import tensors_in
+from compress.graph.watch import tensors_in
 from compress.speedup.compare import Comparison, Verification, batch_size_of, drawn_input
 
 BATCH_SIZES = (1, 3)

@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from compress.graph.trace import METADATA, SIZES, function_name, tensors_in
+from compress.graph.watch import METADATA, SIZES, function_name, tensors_in
 
 # Of float tensors they make float tensors, with jumps all the same.
 _STEPS = frozenset("floor ceil round trunc frac sign sgn heaviside floor_divide remainder".split())

@@ -72,7 +72,7 @@ def _plain(*tensors: Any) -> bool:
 def _activation(first: Tensor, *rest: Any, inplace: bool = False, **_: Any) -> Tensor | None:
     if any(value is True for value in rest):  # F.relu(x, True): in place, by position
         return None
-    return first if inplace else first.clone()
+    return first.zero_() if inplace else first.clone()  # it counts as written
 
 
 @_quick("batch_norm", "instance_norm")

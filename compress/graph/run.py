@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_map_only
 
 from compress.errors import TraceError
 from compress.graph.jumps import Jumps
-from compress.graph.trace import Recorder, Trace, tensors_in
-from compress.graph.walk import leaves_of, modules_of
+from compress.graph.trace import Recorder, Trace
+from compress.graph.walk import Modules, leaves_of, modules_of
+from compress.graph.watch import Watch, tensors_in
 from compress.modules import standing_in
 
 # What torch keeps of a module: parameters, hooks and the like.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
-_REGISTRIES = frozenset(["_parameters", "_buffers", "_modules"])
 _PLAIN = (str, int, float, type(None))
 _CONTAINERS = (list, dict, set, tuple)
 
@@ -71,16 +71,20 @@ def _is_data(value: Any) -> bool:
 
 
 @contextmanager
-def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+def evaluating(
+    model: nn.Module, training: bool = False, modules: Modules | None = None
+) -> Iterator[None]:
     """The model in eval mode; each module gets its own mode back.
 
     With ``training`` the modules are in train mode, but for batch norms: they would refuse a batch
-    of one and update their statistics.
+    of one and update their statistics. ``modules``: those of the model, where they are at hand.
     """
-    modes = [(module, module.training) for _, module in modules_of(model)]
+    modules = modules_of(model) if modules is None else modules
+    modes = [(module, module.training) for _, module in modules]
     try:
-        model.train(training)
-        for module, _ in modes:
+        if training or any(mode for _, mode in modes):
+            model.train(training)
+        for module, _ in modes if training else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.training = False
         yield
@@ -91,16 +95,16 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
+def state_kept(model: nn.Module, values: bool, modules: Modules | None = None) -> Iterator[None]:
     """What a run sets on the modules (caches, counters) is undone.
 
     With ``values`` also what it writes into buffers, and into tensors that are no buffers, such as
-    the running sums of a metric.
+    the running sums of a metric. ``modules``: those of the model, where they are at hand.
     """
     layouts: dict[tuple[str, ...], tuple[str, ...]] = {}  # modules of one class share their names
     saved: list[tuple[nn.Module, tuple[str, ...], tuple[Any, ...]]] = []
     contents: list[tuple[Any, Any]] = []
-    for _, module in modules_of(model):
+    for _, module in modules_of(model) if modules is None else modules:
         names = tuple(vars(module))
         saved.append((module, layouts.setdefault(names, names), tuple(vars(module).values())))
         contents += _contents(module)
@@ -128,12 +132,21 @@ def state_kept(model: nn.Module, values: bool) -> Iterator[None]:
 
 def _contents(module: nn.Module) -> Iterator[tuple[Any, Any]]:
     """The containers that a forward may fill, each with a copy."""
-    for name, value in vars(module).items():
-        if name in _REGISTRIES:
-            yield value, copy(value)
-        elif isinstance(value, _CONTAINERS) and name not in _MODULE_INTERNALS:
+    for registry in (module._parameters, module._buffers, module._modules):
+        yield registry, copy(registry)
+    for _, value in _attributes(module):
+        if isinstance(value, _CONTAINERS):
             for container in _containers_in(value):
                 yield container, copy(container)
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """What the user's code has set on a module, but for numbers and strings."""
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if name not in _MODULE_INTERNALS and not isinstance(value, _PLAIN)
+    ]
 
 
 def _containers_in(value: Any, depth: int = 0) -> Iterator[Any]:
@@ -173,17 +186,17 @@ def collector_paused() -> Iterator[None]:
 
 
 @contextmanager
-def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Keep ``recorder.module_path`` at the path of the module that is running."""
-    paths = {id(module): path for path, module in modules_of(model)}
+def _module_paths(modules: Modules, watch: Watch) -> Iterator[None]:
+    """Keep ``watch.module_path`` at the path of the module that is running."""
+    paths = {id(module): path for path, module in modules}
     stack: list[str] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        stack.append(recorder.module_path)
-        recorder.module_path = paths.get(id(module), recorder.module_path)
+        stack.append(watch.module_path)
+        watch.module_path = paths.get(id(module), watch.module_path)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        recorder.module_path = stack.pop()
+        watch.module_path = stack.pop()
 
     registry = nn.modules.module
     handles = [
@@ -200,38 +213,49 @@ def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def run_recorded(model: nn.Module, dummy_input: Any, training: bool, recorder: Recorder) -> None:
-    """Run the model once (and again in train mode) into ``recorder``; its errors pass through."""
-    stand_ins, on_meta = {}, recorder.on_meta
+def run_watched(model: nn.Module, dummy_input: Any, watch: Watch) -> None:
+    """Run the model once under ``watch``, and again in train mode if it wants that.
+
+    Errors of the model pass through, but for those in train mode, which ``watch`` is told.
+    """
+    stand_ins, on_meta, modules = {}, watch.on_meta, modules_of(model)
 
     def with_values(tensor: torch.Tensor) -> torch.Tensor:
         found = _to_meta(tensor)
-        recorder.values.give(found, tensor)
+        watch.values.give(found, tensor)
         return found
 
-    for path, tensor, kind in leaves_of(model):
+    for path, tensor, kind in leaves_of(model, modules):
         stand_ins[path] = tensor
         if on_meta:
             numbers = kind == "buffer" and not tensor.dtype.is_floating_point  # positions, say
             stand_ins[path] = with_values(tensor) if numbers else _to_meta(tensor)
-        recorder.announce(path, stand_ins[path], tensor, kind)
-    for path, tensor in _plain_tensors(model):
-        recorder.announce(path, tensor, tensor, "constant")
+        watch.announce(path, stand_ins[path], tensor, kind)
+    for path, tensor in _plain_tensors(modules):
+        watch.announce(path, tensor, tensor, "constant")
     args, kwargs = as_arguments(dummy_input, with_values if on_meta else torch.clone)
     for index, tensor in enumerate(tensors_in((args, kwargs))):
-        recorder.placeholder(index, tensor)
-    kept = state_kept(model, values=not on_meta)
-    paths = _module_paths(model, recorder)
+        watch.placeholder(index, tensor)
+
+    def run(training: bool) -> None:
+        watch.training = training
+        with evaluating(model, training, modules):
+            with watch:
+                if on_meta:
+                    output = functional_call(model, stand_ins, args, kwargs)
+                else:
+                    output = model(*args, **kwargs)
+            watch.finish(results(model, output))
+
+    kept = state_kept(model, not on_meta, modules)
+    paths = _module_paths(modules, watch)
     with torch.no_grad(), rng_kept(), kept, standing_in(model), eager(), paths:
-        for mode in (False, True) if training else (False,):
-            recorder.training = mode
-            with evaluating(model, mode):
-                with recorder:
-                    if on_meta:
-                        output = functional_call(model, stand_ins, args, kwargs)
-                    else:
-                        output = model(*args, **kwargs)
-                recorder.finish(results(model, output))
+        run(training=False)
+        if watch.wants_training():
+            try:
+                run(training=True)
+            except Exception as error:
+                watch.broke_off(error)
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -241,11 +265,13 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
     return stand_in
 
 
-def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _plain_tensors(modules: Modules) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that modules hold as ordinary attributes: constants of the forward."""
-    for path, module in modules_of(model):
-        for name, value in vars(module).items():
-            if name not in _MODULE_INTERNALS and not isinstance(value, _PLAIN):
+    seen: set[int] = set()  # a configuration that every module holds, say
+    for path, module in modules:
+        for name, value in _attributes(module):
+            if id(value) not in seen:
+                seen.add(id(value))
                 for tensor in tensors_in(value, depth=7):
                     yield f"{path}.{name}" if path else name, tensor
 
@@ -265,7 +291,7 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
         )
     recorder = Recorder(on_meta=True)
     try:
-        run_recorded(model, dummy_input, False, recorder)
+        run_watched(model, dummy_input, recorder)
     except Exception as error:  # it looks at its data, or keeps tensors of its own: run for real
         if any(tensor.is_meta for _, tensor, _ in leaves_of(model)):
             raise TraceError(
@@ -273,42 +299,13 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
                 f"run so: {type(error).__name__}: {error}. Does it look at its data? Load it to a "
                 "device first."
             ) from error
+        recorder = Recorder(on_meta=False, jumps=Jumps())
         with masked():
-            recorder = Recorder(on_meta=False, jumps=Jumps())
             try:
-                run_recorded(model, dummy_input, False, recorder)
+                run_watched(model, dummy_input, recorder)
             except Exception as caught:
                 raise does_not_run(model, dummy_input, caught) from caught
-            return _whole_trace(model, dummy_input, recorder)
-    return _whole_trace(model, dummy_input, recorder)
-
-
-def _whole_trace(model: nn.Module, dummy_input: Any, recorder: Recorder) -> Trace:
-    """The trace of a run, with a run in train mode added if that reaches more of the model."""
-    training = not all(
-        path in recorder.leaves for path, _, kind in leaves_of(model) if kind == "parameter"
-    )
-    if training:
-        both = Recorder(recorder.on_meta, None if recorder.on_meta else Jumps())
-        try:
-            run_recorded(model, dummy_input, True, both)
-        except Exception:  # a head that is too deep for this input, say: what it got so far stays
-            both.finish_early()
-        training = len(both.leaves) > len(recorder.leaves)
-        recorder = both if training else recorder
-    return Trace(
-        graph=recorder.graph,
-        nodes=list(recorder.graph.nodes),
-        leaves=recorder.leaves,
-        outputs=recorder.outputs,
-        effects=recorder.effects,
-        size_reads=recorder.size_reads,
-        on_meta=recorder.on_meta,
-        training=training,
-        partial=recorder.partial,
-        complete=recorder.complete,
-        jumps=recorder.jumps.calls if isinstance(recorder.jumps, Jumps) else [],
-    )
+    return recorder.trace()
 
 
 def does_not_run(model: nn.Module, dummy_input: Any, error: Exception) -> TraceError:

@@ -12,36 +12,19 @@ from __future__ import annotations
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import networkx as nx
 import torch
-from torch import fx, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
+from torch import fx
 
-from compress.graph.meta import quick_result
-from compress.graph.values import InputValues, memory_of, version_of
-
-if TYPE_CHECKING:
-    from compress.graph.jumps import Jump, Jumps, Settled
-
-# Reads of a tensor that never see its values: no data flows through them.
-METADATA = frozenset(
-    "dim ndim dtype device layout requires_grad is_cuda is_cpu is_meta is_mps is_xpu is_nested "
-    "is_quantized is_sparse is_complex is_floating_point is_contiguous is_leaf is_inference "
-    "is_signed is_pinned is_conj is_neg stride storage_offset element_size itemsize data_ptr type "
-    "get_device names grad grad_fn _version _base _backward_hooks output_nr __hash__ __repr__ "
-    "untyped_storage storage is_same_size retains_grad is_shared is_mkldnn is_vulkan __format__ "
-    "is_tensor _is_view is_storage result_type can_cast _has_compatible_shallow_copy_type "
-    "is_mtia is_maia is_ipu is_xla is_sparse_csr _assert get_default_dtype".split()
-)
-# Reads of a size: what the forward does next may depend on them.
-SIZES = frozenset("shape size numel nelement __len__ nbytes".split())
+from compress.graph.jumps import Jump, Jumps
+from compress.graph.values import memory_of
+from compress.graph.watch import Watch, shapes_in, tensors_in
 
 _SKIPPED = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent.parent) + os.sep)
 
@@ -54,31 +37,6 @@ def stale_alias(tensor: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
 def read_value(tensor: torch.Tensor) -> None:
     """Stand for Python code that looked at a tensor's values (always opaque)."""
     raise NotImplementedError("only ever a node of a trace")
-
-
-_NAMES: dict[Any, str] = {}
-
-
-def function_name(func: Any) -> str:
-    """The plain name of a torch function: ``add_`` and ``Tensor.add`` are both ``add``."""
-    name = getattr(func, "__name__", None) or str(func)
-    if name in ("__get__", "__set__"):
-        # Before Python 3.13 a property written in Python has no name, but its function does.
-        attribute: str = getattr(func.__self__, "__name__", None) or func.__self__.fget.__name__
-        return attribute if name == "__get__" else f"set_{attribute}"
-    known = _NAMES.get(func)
-    if known is None:
-        known = _NAMES[func] = _plain_name(func, name)
-    return known
-
-
-def _plain_name(func: Callable[..., Any], name: str) -> str:
-    if name == "fn":  # torch's boolean_dispatch: max_pool2d, with indices or without
-        inner = [c.cell_contents for c in func.__closure__ or () if callable(c.cell_contents)]
-        name = min((f.__name__.lstrip("_") for f in inner), key=len, default=name)
-    if name in METADATA or name in SIZES:
-        return name
-    return name.strip("_")
 
 
 @dataclass(frozen=True)
@@ -130,18 +88,12 @@ class Trace:
         return graph
 
 
-class Recorder(TorchFunctionMode):
-    """Turn the torch functions of a run into the nodes of an fx graph.
+class Recorder(Watch):
+    """Turn the torch functions of a run into the nodes of an fx graph."""
 
-    With ``on_meta`` new tensors are made on the meta device, and ``values`` are those that the
-    inputs decide. ``jumps`` is what keeps the jumps of a run on real tensors, or settles them.
-    """
-
-    def __init__(self, on_meta: bool, jumps: Jumps | Settled | None = None) -> None:
-        super().__init__()
-        self.on_meta = on_meta
-        self.jumps = jumps
-        self.values = InputValues()
+    def __init__(self, on_meta: bool, jumps: Jumps | None = None) -> None:
+        super().__init__(on_meta, jumps)
+        self.jumps: Jumps | None = jumps
         self.graph = fx.Graph()
         self.leaves: dict[str, fx.Node] = {}
         self.outputs: list[fx.Node] = []
@@ -149,13 +101,13 @@ class Recorder(TorchFunctionMode):
         self.size_reads: list[tuple[fx.Node, str]] = []
         self.complete = True
         self.partial = False
-        self.module_path = ""
-        self.training = False
         self._nodes: dict[int, fx.Node] = {}
         # Every tensor by its memory (views, detached ones); ids are unique while tensors live.
         self._sharing: dict[int, list[torch.Tensor]] = {}
         self._written: dict[int, fx.Node] = {}
         self._announced: dict[int, tuple[str, torch.Tensor, str]] = {}
+        self._parameters: set[str] = set()
+        self._evaluated: _Length | None = None
 
     # -- leaves ----------------------------------------------------------------------------
 
@@ -165,6 +117,8 @@ class Recorder(TorchFunctionMode):
         The first name counts: a module may hold its parameters in a plain list as well.
         """
         self._announced.setdefault(id(stand_in), (path, tensor, kind))
+        if kind == "parameter":
+            self._parameters.add(path)
         self._sharing.setdefault(memory_of(stand_in), []).append(stand_in)
 
     def placeholder(self, index: int, stand_in: torch.Tensor) -> None:
@@ -175,69 +129,46 @@ class Recorder(TorchFunctionMode):
 
     # -- recording -------------------------------------------------------------------------
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = function_name(func)
-        if name in METADATA:
-            return func(*args, **kwargs)
-        if name in SIZES:
-            if args and isinstance(args[0], torch.Tensor):
-                self.size_reads.append((self.node(args[0]), self.module_path))
-            return func(*args, **kwargs)
-        target = kwargs["out"] if "out" in kwargs else args[0] if args else None
-        target = target if isinstance(target, torch.Tensor) else None
-        version = None if target is None else version_of(target)
-        # The arguments become nodes before the call: in place, it changes what they stand for.
-        node_args = (self._as_nodes(args), self._as_nodes(kwargs))
-        decided = self.on_meta and self.values.decide(func, args, kwargs)
-        quick = self.on_meta and not decided
-        result = quick_result(name, func, args, kwargs) if quick else None
-        if result is None:
-            result = self._run(func, types, args, kwargs, decided)
-        elif result is target:
-            version = -1  # written
-        if name == "set_data" or (target is not None and _writes_uncounted(func, target, kwargs)):
-            version = -1
-        if target is not None and not decided and version_of(target) != version:
-            for each in self._sharing.get(memory_of(target), ()):
-                self.values.forget(each)
-        self._note(name, func, node_args, target, version, result)
-        return result
+    def size_read(self, tensor: torch.Tensor) -> None:
+        self.size_reads.append((self.node(tensor), self.module_path))
 
-    def _run(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any], decided: bool) -> Any:
-        """The call itself. Other modes would see every look at a tensor that we take, too."""
-        if self.on_meta and func in _device_constructors() and kwargs.get("device") is None:
-            kwargs = {**kwargs, "device": "meta"}
-        if decided:
-            return self.values.run(func, args, kwargs)
-        if self.jumps is not None:
-            return self.jumps.__torch_function__(func, types, args, kwargs)
-        return func(*args, **kwargs)
+    def arguments(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return self._as_nodes(args), self._as_nodes(kwargs) if kwargs else {}
 
-    def _note(
-        self, name: str, func: Any, node_args: Any, target: Any, version: int | None, result: Any
-    ) -> None:
-        """Make the node of a call that wrote ``target``, or returned ``result``, or both."""
-        if target is not None and version_of(target) != version:
-            self._write(self._call(name, func, *node_args), target)
-        elif isinstance(result, torch.Tensor):
-            if result is not target:  # contiguous(), dropout in eval: the same tensor
-                self._register(self._call(name, func, *node_args), result)
-        elif any(True for _ in tensors_in(result)):
-            self._register_many(self._call(name, func, *node_args), result)
-        elif result is not None and any(isinstance(a, fx.Node) for a in node_args[0]):
-            self.effects.append(self._call("read_value", read_value, *node_args))
+    def made(self, name: str, func: Any, given: Any, result: torch.Tensor) -> None:
+        self._register(self._call(name, func, *given), result)
+
+    def made_several(self, name: str, func: Any, given: Any, result: Any) -> None:
+        node = self._call(name, func, *given)
+        node.meta["shape"] = shapes_in(result)
+        for key, item in enumerate(result.values() if isinstance(result, Mapping) else result):
+            if isinstance(item, torch.Tensor):
+                part = self._call("getitem_output", operator.getitem, (node, key), {})
+                self._register(part, item)
+            elif next(tensors_in(item), None) is not None:
+                self.complete = False
+
+    def wrote(self, name: str, func: Any, given: Any, target: torch.Tensor) -> None:
+        """``target`` stands for the call from now on; what shares its memory is stale."""
+        node = self._call(name, func, *given)
+        for other in self._sharing.get(memory_of(target), ()):
+            if other is not target:
+                self._written[id(other)] = node
+        self.effects.append(node)
+        self._register(node, target)
+
+    def looked(self, given: Any) -> None:
+        self.effects.append(self._call("read_value", read_value, *given))
 
     def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> fx.Node:
         node = self.graph.create_node("call_function", func, name=name)
         node.args = args  # create_node() would search it for symbols, which takes as long again
         if kwargs:
             node.kwargs = kwargs
-        node.meta = {"name": name, "module": self.module_path, "source": _source()}
-        node.meta |= {"shape": (), "dtype": None}  # until an output is registered
-        node.meta["training"] = self.training
+        node.meta.update(  # until an output is registered
+            name=name, module=self.module_path, source=_source(), shape=(), dtype=None,
+            training=self.training,
+        )  # fmt: skip
         return node
 
     def _register(self, node: fx.Node, tensor: torch.Tensor) -> None:
@@ -246,26 +177,6 @@ class Recorder(TorchFunctionMode):
         self._nodes[id(tensor)] = node
         self._written.pop(id(tensor), None)
         self._sharing.setdefault(memory_of(tensor), []).append(tensor)
-
-    def _register_many(self, node: fx.Node, result: Any) -> None:
-        items = list(result.values() if isinstance(result, Mapping) else result)
-        node.meta["shape"] = tuple(
-            tuple(t.shape) if isinstance(t, torch.Tensor) else None for t in items
-        )
-        for key, item in enumerate(items):
-            if isinstance(item, torch.Tensor):
-                part = self._call("getitem_output", operator.getitem, (node, key), {})
-                self._register(part, item)
-            elif next(tensors_in(item), None) is not None:
-                self.complete = False
-
-    def _write(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        """``tensor`` was written in place: now it is ``node``; what shares its memory is stale."""
-        for other in self._sharing.get(memory_of(tensor), ()):
-            if other is not tensor:
-                self._written[id(other)] = node
-        self.effects.append(node)
-        self._register(node, tensor)
 
     # -- looking up ------------------------------------------------------------------------
 
@@ -302,10 +213,10 @@ class Recorder(TorchFunctionMode):
     def _as_nodes(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self.node(value)
+        if isinstance(value, tuple):
+            return tuple([self._as_nodes(v) for v in value])
         if isinstance(value, list):
             return [self._as_nodes(v) for v in value]
-        if isinstance(value, tuple):
-            return tuple(self._as_nodes(v) for v in value)
         if isinstance(value, dict):
             return {k: self._as_nodes(v) for k, v in value.items()}
         if isinstance(value, slice):
@@ -317,14 +228,72 @@ class Recorder(TorchFunctionMode):
             node.meta["output"] = True
             self.outputs.append(node)
 
-    def finish_early(self) -> None:
-        """The run broke off: what nothing has used yet counts as an output."""
+    # -- the run in train mode ---------------------------------------------------------------
+
+    def wants_training(self) -> bool:
+        """Whether parameters were not reached in eval mode: those of auxiliary heads, say."""
+        self._evaluated = self._length() if self._parameters - self.leaves.keys() else None
+        return self._evaluated is not None
+
+    def broke_off(self, error: Exception) -> None:
+        """A head is too deep for this input, say: what nothing has used yet is an output."""
         self.partial = True
         used = set(self.outputs)
         for node in self.graph.nodes:
             if node.op == "call_function" and not node.users and node not in used:
                 node.meta["output"] = True
                 self.outputs.append(node)
+
+    def _trained(self) -> bool:
+        """Whether there was a run in train mode that reached more; else nothing of it is kept."""
+        before = self._evaluated
+        if before is None or len(self.leaves) > before.leaves:
+            return before is not None
+        for node in reversed(list(self.graph.nodes)[before.nodes :]):
+            self.graph.erase_node(node)
+        del self.outputs[before.outputs :], self.effects[before.effects :]
+        del self.size_reads[before.size_reads :]
+        if self.jumps is not None:
+            del self.jumps.calls[before.jumps :]
+        self.complete, self.partial = before.complete, False
+        return False
+
+    def trace(self) -> Trace:
+        """The record of the run (or of both), once it is done."""
+        training = self._trained()
+        return Trace(
+            graph=self.graph,
+            nodes=list(self.graph.nodes),
+            leaves=self.leaves,
+            outputs=self.outputs,
+            effects=self.effects,
+            size_reads=self.size_reads,
+            on_meta=self.on_meta,
+            training=training,
+            partial=self.partial,
+            complete=self.complete,
+            jumps=[] if self.jumps is None else self.jumps.calls,
+        )
+
+    def _length(self) -> _Length:
+        return _Length(
+            len(self.graph.nodes), len(self.leaves), len(self.outputs), len(self.effects),
+            len(self.size_reads), 0 if self.jumps is None else len(self.jumps.calls),
+            self.complete,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Length:
+    """How much there is of a record."""
+
+    nodes: int
+    leaves: int
+    outputs: int
+    effects: int
+    size_reads: int
+    jumps: int
+    complete: bool
 
 
 def is_output(node: fx.Node) -> bool:
@@ -338,32 +307,6 @@ def location(node: fx.Node) -> str:
     where = f"{source[0].rpartition('/')[2]}:{source[1]}" if source else ""
     module = node.meta["module"] or "the model's forward"
     return f"{module} ({where})" if where else module
-
-
-def _writes_uncounted(func: Any, tensor: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes an inference tensor, by its name: ``add_``, ``__setitem__``."""
-    name = getattr(func, "__name__", "")
-    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    return tensor.is_inference() and (in_place or "out" in kwargs or bool(kwargs.get("inplace")))
-
-
-def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
-    """Every tensor in nested containers, dataclasses and plain objects, in a fixed order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    if value is None or isinstance(value, (str, int, float, torch.Size, nn.Module)) or depth > 8:
-        return
-    if isinstance(value, Mapping):
-        members = list(value.values())
-    elif isinstance(value, (list, tuple, set)):
-        members = list(value)
-    elif is_dataclass(value):
-        members = [getattr(value, f.name) for f in fields(value)]
-    else:
-        members = list(getattr(value, "__dict__", {}).values())
-    for member in members:
-        yield from tensors_in(member, depth + 1)
 
 
 def _source() -> tuple[str, int] | None:

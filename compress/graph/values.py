@@ -8,13 +8,14 @@ on its real parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 LARGEST = 2**18  # entries of a tensor: those of an image, and all are kept for as long as the run
 _NOTHING = object()
@@ -25,6 +26,7 @@ class InputValues:
 
     def __init__(self) -> None:
         self._real: dict[int, tuple[Tensor, Tensor]] = {}  # held, so that the ids stay theirs
+        self._sharing: dict[int, list[int]] = {}  # the ids by memory
         self._device = torch.device("cpu")
 
     def give(self, stand_in: Tensor, tensor: Tensor) -> None:
@@ -34,30 +36,34 @@ class InputValues:
 
     def _put(self, stand_in: Tensor, real: Tensor) -> None:
         self._real[id(stand_in)] = stand_in, real
+        self._sharing.setdefault(memory_of(stand_in), []).append(id(stand_in))
         self._device = real.device
 
     def forget(self, stand_in: Tensor) -> None:
-        """It was written with something that is not known."""
-        self._real.pop(id(stand_in), None)
+        """It was written with something that is not known, and what shares its memory."""
+        if self._real:
+            for key in (id(stand_in), *self._sharing.pop(memory_of(stand_in), ())):
+                self._real.pop(key, None)
 
-    def decide(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether all that a call works on is known."""
+    def decides(self, func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor] | None:
+        """The tensors that a call works on if all are known; else None."""
         if args and isinstance(args[0], Tensor) and id(args[0]) not in self._real:
-            return False  # nearly all calls
+            return None  # nearly all calls
         tensors = _found((args, kwargs), Tensor)
-        if not tensors:
-            return func in _device_constructors()
-        return all(id(tensor) in self._real for tensor in tensors)
+        if tensors:
+            return tensors if all(id(tensor) in self._real for tensor in tensors) else None
+        return tensors if func in _device_constructors() else None
 
-    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         """What a call that is decided returns: tensors as stand-ins, anything else as it is.
 
+        ``given``: its tensors, from `decides`.
         Raises:
             Exception: of the call on meta, where it fails for real as well.
         """
         real: Any = _NOTHING
-        if _surely_small(args, kwargs):
-            real, apart = self._for_real(func, args, kwargs)
+        if _surely_small(args, kwargs, given):
+            real, apart = self._for_real(func, args, kwargs, given)
             if apart:
                 return tree_map_only(Tensor, self._stand_in, real)
         try:
@@ -65,37 +71,38 @@ class InputValues:
         except Exception:  # it needs values: bool(mask), nonzero(); or it fails for real, too
             real = self._really(func, args, kwargs) if real is _NOTHING else real
             return tree_map_only(Tensor, self._stand_in, real)
-        if any(tensor.numel() > LARGEST for tensor in _found(result, Tensor)):
-            self._forget_written(args, kwargs)
+        found, wanted = _found(result, Tensor), _NOTHING
+        if all(tensor.numel() <= LARGEST for tensor in found):
+            with suppress(Exception):  # only meta can do it
+                wanted = self._really(func, args, kwargs) if real is _NOTHING else real
+        if wanted is _NOTHING:
+            for tensor in given:  # it may have been written
+                self.forget(tensor)
             return result
-        try:
-            real = self._really(func, args, kwargs) if real is _NOTHING else real
-        except Exception:  # only meta can do it
-            self._forget_written(args, kwargs)
-            return result
-        found, wanted = tree_leaves(result), tree_leaves(real)
-        if list(map(_shape, found)) != list(map(_shape, wanted)):
-            return tree_map_only(Tensor, self._stand_in, real)
-        for stand_in, tensor in zip(found, wanted, strict=True):
-            if isinstance(stand_in, Tensor):
-                self._put(stand_in, tensor)
-        return result if any(isinstance(v, Tensor) for v in found) else real
+        tensors = _found(wanted, Tensor)
+        if [t.shape for t in tensors] != [t.shape for t in found]:
+            return tree_map_only(Tensor, self._stand_in, wanted)
+        for stand_in, tensor in zip(found, tensors, strict=True):
+            self._put(stand_in, tensor)
+        return result if found else wanted
 
-    def _for_real(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    def _for_real(
+        self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor]
+    ) -> tuple[Any, bool]:
         """What a call gives, and whether that is apart from its arguments: no view, none written.
 
         Then its stand-ins share no memory, and it need not run on meta, where it may take twenty
         times as long.
         """
-        given = [self._real[id(tensor)][1] for tensor in _found((args, kwargs), Tensor)]
-        versions = list(map(version_of, given))
+        known = [self._real[id(tensor)][1] for tensor in given]
+        versions = list(map(version_of, known))
         try:
             real = self._really(func, args, kwargs)
         except Exception:  # only meta can do it, perhaps
             return _NOTHING, False
-        memory = set(map(memory_of, given))
+        memory = set(map(memory_of, known))
         views = any(memory_of(tensor) in memory for tensor in _found(real, Tensor))
-        return real, not views and list(map(version_of, given)) == versions
+        return real, not views and list(map(version_of, known)) == versions
 
     def _really(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         def real(value: Any) -> Any:
@@ -118,10 +125,6 @@ class InputValues:
         self._put(stand_in, real)
         return stand_in
 
-    def _forget_written(self, args: Any, kwargs: Any) -> None:
-        for tensor in _found((args, kwargs), Tensor):
-            self.forget(tensor)
-
 
 def _found(value: Any, kinds: Any) -> list[Any]:
     """Those of some kinds among arguments or results; torch's ``tree_leaves`` takes far longer."""
@@ -136,15 +139,15 @@ def _found(value: Any, kinds: Any) -> list[Any]:
     return [leaf for each in value for leaf in _found(each, kinds)]
 
 
-def _surely_small(args: Any, kwargs: dict[str, Any]) -> bool:
+def _surely_small(args: Any, kwargs: dict[str, Any], given: list[Tensor]) -> bool:
     """Whether what a call makes has at most `LARGEST` entries, whatever it does.
 
     They come from the entries of its tensors, each with each, and from its whole numbers.
     """
-    tensors, numbers = _found((args, kwargs), Tensor), _found((args, kwargs), (int, float))
-    if not tensors and any(isinstance(number, float) for number in numbers):
+    numbers = _found((args, kwargs), (int, float))
+    if not given and any(isinstance(number, float) for number in numbers):
         return False  # arange(0.0, 1.0, 1e-9)
-    sizes = (abs(n) for n in (*(t.numel() for t in tensors), *numbers) if isinstance(n, int))
+    sizes = (abs(n) for n in (*(t.numel() for t in given), *numbers) if isinstance(n, int))
     return prod(max(1, size) for size in sizes) <= LARGEST
 
 
@@ -159,7 +162,3 @@ def memory_of(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and other exotic layouts
         return id(tensor)
-
-
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
+Modules = list[tuple[str, nn.Module]]
 
-def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+
+def modules_of(model: nn.Module) -> Modules:
     """Path and module, each module once, as ``model.named_modules()`` has them."""
-    found: list[tuple[str, nn.Module]] = []
+    found: Modules = []
     seen: set[int] = set()
-    stack: list[tuple[str, nn.Module]] = [("", model)]
+    stack: Modules = [("", model)]
     while stack:
         path, module = stack.pop()
         if id(module) in seen:
@@ -31,11 +33,18 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def leaves_of(model: nn.Module) -> list[tuple[str, torch.Tensor, str]]:
-    """Path, tensor and kind of every parameter and buffer, each once (tied ones: first path)."""
+def leaves_of(
+    model: nn.Module, modules: Modules | None = None
+) -> list[tuple[str, torch.Tensor, str]]:
+    """Path, tensor and kind of every parameter and buffer, each once (tied ones: first path).
+
+    ``modules``: those of the model, where they are at hand.
+    """
     parameters: dict[int, tuple[str, torch.Tensor, str]] = {}
     buffers: dict[int, tuple[str, torch.Tensor, str]] = {}
-    for path, module in modules_of(model):
+    for path, module in modules_of(model) if modules is None else modules:
+        if not module._parameters and not module._buffers:
+            continue
         prefix = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:

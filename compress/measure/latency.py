@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from compress.graph.run import as_arguments, evaluating, rng_kept
-from compress.graph.trace import tensors_in
+from compress.graph.watch import tensors_in
 
 _PASSES_IN_TURN = 10
 _CALLS_MS = 10.0  # so long a single call is repeated

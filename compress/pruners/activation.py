@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from compress import criteria
 from compress.evaluator import Evaluator
-from compress.graph.trace import function_name
+from compress.graph.watch import function_name
 from compress.pruners.base import Layer, foreign_layers
 from compress.pruners.data import MeasuringPruner
 from compress.pruners.oneshot import ChannelPruner, WeightPruner, filter_axis

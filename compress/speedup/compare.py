@@ -22,7 +22,7 @@ from compress.graph.jumps import (
     rounding_of,
 )
 from compress.graph.run import does_not_run
-from compress.graph.trace import tensors_in
+from compress.graph.watch import tensors_in
 from compress.speedup.verify import IN_FLOAT64, compute, error_of, in_float64, run
 
 _SAMPLED = 256  # places of a channel that are looked at to tell which one it is

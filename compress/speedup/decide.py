@@ -58,6 +58,7 @@ class Decision:
         self._reasons: list[tuple[str, fx.Node | None]] = [("is in use", None)]
         self._blame = np.zeros(self.graph.space.size, np.int64)  # index of the reason, by root
         self._last_live: dict[fx.Node, bytes] = {}
+        self._sizes: dict[int, int] = {}
         self._grow_from_reads()
         self._make_rectangular()
 
@@ -65,6 +66,13 @@ class Decision:
 
     def kept(self, labels: Labels) -> np.ndarray:
         return np.asarray(self.keep[self.root[labels]])
+
+    def size(self, axis: Labels) -> int:
+        """How many positions of an axis of the graph stay; asked for a few vectors, but often."""
+        found = self._sizes.get(id(axis))
+        if found is None:
+            found = self._sizes[id(axis)] = int(self.kept(axis).sum())
+        return found
 
     def live(self, node: fx.Node, axis: int) -> np.ndarray:
         """Bool, one per position of an output axis: whether it must be computed rightly.

@@ -29,7 +29,7 @@ def remember_all(model: nn.Module, plans: list[PlanData]) -> None:
     path = _common_module([name for plan in plans for name in names_in(plan)], model)
     owner = model.get_submodule(path)
     known = plans_of(owner) or []
-    for module in owner.modules():
+    for _, module in modules_of(owner):
         vars(module).pop(_ATTRIBUTE, None)
     vars(owner)[_ATTRIBUTE] = [*known, *(within(plan, path) for plan in plans)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compress.errors import SpeedupError
-from compress.graph.trace import tensors_in
+from compress.graph.watch import tensors_in
 from compress.speedup.plan import Plan, Slice
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from compress.graph.explain import couplings, layer_of
+from compress.graph.walk import leaves_of
 from compress.speedup.decide import Decision
 from compress.speedup.plan import Plan
 from compress.speedup.why import masked_units
@@ -106,7 +107,7 @@ class Report:
 
 def parameter_counts(model: nn.Module, before: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     """Elements of a cut model's parameters, with the shapes that they had before, and now."""
-    parameters = dict(model.named_parameters())
+    parameters = {p: tensor for p, tensor, kind in leaves_of(model) if kind == "parameter"}
     had = sum(prod(before[path]) for path in parameters if path in before)
     return had, sum(p.numel() for p in parameters.values())
 

@@ -94,8 +94,8 @@ def apply_plan(
     model: nn.Module, plan: Plan, masks: Mapping[str, torch.Tensor]
 ) -> Callable[[], None]:
     """Shrink the model in place; returns the function that undoes it."""
-    tensors = {path: tensor for path, tensor, _ in leaves_of(model)}
-    owners = dict(modules_of(model))
+    modules = modules_of(model)
+    tensors, owners = {p: tensor for p, tensor, _ in leaves_of(model, modules)}, dict(modules)
     replaced: list[_Before] = []
     undo: list[Callable[[], None]] = []
 
@@ -139,10 +139,11 @@ def masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iterator[None
 
 def by_leaf(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
     """Masks by the first path of their parameter (a tied one has several), on its device."""
-    first = {id(tensor): path for path, tensor, _ in leaves_of(model)}
+    leaves = {path: tensor for path, tensor, _ in leaves_of(model)}
+    first = {id(tensor): path for path, tensor in leaves.items()}
     result: dict[str, torch.Tensor] = {}
     for name, mask in masks.flat().items():
-        parameter = model.get_parameter(name)
+        parameter = leaves[name] if name in leaves else model.get_parameter(name)
         path = first[id(parameter)]
         if not parameter.is_meta:  # on meta the mask would lose its values
             mask = mask.to(parameter.device)
