@@ -7,7 +7,7 @@ a speedup cuts becomes it: the object, its hooks and the names in its ``state_di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -248,11 +248,11 @@ def stand_in_state(module: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def standing_in(model: nn.Module) -> Iterator[None]:
-    """Stand-ins in place of all modules of a model that have one."""
+def standing_in(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Stand-ins in place of all modules that have one."""
     undo = [
         replace_class(module, kind, stand_in_state(module))
-        for module in model.modules()
+        for module in modules
         if (kind := STAND_INS.get(type(module))) is not None
     ]
     try:

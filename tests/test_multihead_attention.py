@@ -64,7 +64,7 @@ def test_the_stand_in_computes_the_same(seed):
         expected = module(*arguments)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    with standing_in(module):
+    with standing_in([module]):
         assert type(module) is MultiheadAttention
         got = module(*arguments)
     assert type(module) is nn.MultiheadAttention
@@ -74,7 +74,7 @@ def test_the_stand_in_computes_the_same(seed):
 
 def test_the_hint_of_causality_needs_a_mask():
     module, x = nn.MultiheadAttention(8, 2), torch.rand(3, 1, 8)
-    with standing_in(module), pytest.raises(RuntimeError, match="pass the attn_mask"):
+    with standing_in([module]), pytest.raises(RuntimeError, match="pass the attn_mask"):
         module(x, x, x, is_causal=True)
 
 

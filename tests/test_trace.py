@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 from oracle import check_exact, randomise
@@ -335,10 +337,10 @@ def test_a_trace_changes_nothing(training: bool, looks: bool) -> None:
     randomise(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     objects = [id(p) for p in model.parameters()]
-    random = torch.get_rng_state()
+    drawn = torch.get_rng_state()
     trace = record(model, pictures().float())
     assert trace.on_meta is not looks
-    assert torch.equal(random, torch.get_rng_state())
+    assert torch.equal(drawn, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert objects == [id(p) for p in model.parameters()]
     assert all(m.training is training for m in model.modules())
@@ -358,6 +360,45 @@ def test_parameters_that_only_train_mode_uses_are_recorded_too() -> None:
     trace = record(Auxiliary(), pictures().float())
     assert trace.training
     assert "aux.weight" in trace.leaves
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_run_in_train_mode_that_reaches_no_more_leaves_nothing(looks: bool) -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.unused = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.conv(x).relu()
+            if looks and x.max() < 0:
+                return x
+            return x + x.mean() if self.training else x
+
+    trace = record(Unused(), pictures().float())
+    assert not trace.training
+    expected = ["conv2d", "relu", *(["max", "lt", "read_value"] if looks else [])]
+    assert names(trace)[: len(expected)] == expected
+    assert not any(node.meta["training"] for node in trace.nodes if node.op == "call_function")
+    assert "mean" not in names(trace)
+    assert len(trace.outputs) == 1
+    assert not set(trace.outputs) - set(trace.nodes)
+    assert len(trace.jumps) == int(looks)
+
+
+def test_random_numbers_of_python_and_numpy_are_left_alone() -> None:
+    """Models draw from them, too: spectrogram masks, stochastic depth."""
+    drawn = []
+
+    def forward(x: Tensor) -> Tensor:
+        drawn.append((random.random(), np.random.rand()))
+        return x * 2
+
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    record(Forward(forward), pictures())
+    record(Forward(forward), pictures())
+    assert drawn[0] == drawn[-1]
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
 
 
 def test_a_look_at_the_data_is_a_node() -> None:

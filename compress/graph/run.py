@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from dataclasses import is_dataclass
 from operator import is_not
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -161,10 +163,15 @@ def _containers_in(value: Any, depth: int = 0) -> Iterator[Any]:
 
 @contextmanager
 def rng_kept() -> Iterator[None]:
-    """Torch's random state, on every device in use, is the same after as before."""
+    """Random states are the same after as before: torch's on every device, Python's and numpy's."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def eager() -> AbstractContextManager[Any]:
@@ -248,8 +255,8 @@ def run_watched(model: nn.Module, dummy_input: Any, watch: Watch) -> None:
             watch.finish(results(model, output))
 
     kept = state_kept(model, not on_meta, modules)
-    paths = _module_paths(modules, watch)
-    with torch.no_grad(), rng_kept(), kept, standing_in(model), eager(), paths:
+    paths, ours = _module_paths(modules, watch), standing_in(module for _, module in modules)
+    with torch.no_grad(), rng_kept(), kept, ours, eager(), paths:
         run(training=False)
         if watch.wants_training():
             try:
