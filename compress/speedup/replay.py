@@ -152,8 +152,10 @@ class _Held(Watch):
         call, rule = Call(before), rule_for(name)
         if rule.sized(call) or rule.makes(call):
             return ""  # its numbers are sizes and groups, which the shapes tell
-        numbers = _numbers((before.args, before.kwargs))
-        if _changed_numbers(before, given, self._numbers) or len(numbers) != len(_numbers(given)):
+        old, new = _numbers((before.args, before.kwargs)), _numbers(given)
+        if old == new and before not in self._numbers:
+            return ""
+        if _changed_numbers(before, given, self._numbers) or len(old) != len(new):
             return f"{name} computes with another number"
         return ""
 
