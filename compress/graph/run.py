@@ -31,6 +31,7 @@ from compress.modules import standing_in
 
 # What torch keeps of a module: parameters, hooks and the like.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 _PLAIN = (str, int, float, type(None))
 _CONTAINERS = (list, dict, set, tuple)
 
@@ -134,7 +135,8 @@ def state_kept(model: nn.Module, values: bool, modules: Modules | None = None) -
 
 def _contents(module: nn.Module) -> Iterator[tuple[Any, Any]]:
     """The containers that a forward may fill, each with a copy."""
-    for registry in (module._parameters, module._buffers, module._modules):
+    members = vars(module)  # a scripted module has none of the registries
+    for registry in (members[name] for name in _REGISTRIES if name in members):
         yield registry, copy(registry)
     for _, value in _attributes(module):
         if isinstance(value, _CONTAINERS):
