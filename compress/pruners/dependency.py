@@ -418,7 +418,8 @@ def _weights_by_share(
 def _why_untouched(
     graph: ChannelGraph, target: Target, labels: np.ndarray, targets: set[str]
 ) -> str:
-    pinned = labels[graph.root[labels] == graph.root[0]]
+    held = labels if target.weights == WEIGHT else _with_rows(graph, labels)
+    pinned = held[graph.root[held] == graph.root[0]]
     if shared := _shared_with(graph, target):
         return f"shares its weight with {shared!r}, which decides about both"
     if not labels.any():
@@ -431,6 +432,12 @@ def _why_untouched(
             "if they may shrink with it"
         )
     return "is coupled with a layer that is not to be pruned, or in too large steps"
+
+
+def _with_rows(graph: ChannelGraph, labels: np.ndarray) -> np.ndarray:
+    """Labels, and those of the rows of the grids that they are cells of: the heads."""
+    rows = [g.rows[np.isin(g.cells, labels[labels != 0]).any(1)] for g in graph.space.grids]
+    return np.concatenate([labels, *rows])
 
 
 def _shared_with(graph: ChannelGraph, target: Target) -> str:
