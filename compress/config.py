@@ -9,7 +9,8 @@ selector:
 | ``total_sparsity`` | fraction of the weights of all the selected layers together, in [0, 1) |
 | ``max_sparsity_per_layer`` | with ``total_sparsity``: the most that a layer may lose; see below |
 | ``exclude`` | True: the selected layers are not pruned; False says nothing |
-| ``op_types`` | class names, subclasses match; ``"default"``: all types that the pruner supports |
+| ``op_types`` | class names, subclasses match; ``"default"``: all types that the pruner supports,
+but for those that it prunes only where they are named (`Pruner.optional_types`) |
 | ``op_names`` | module paths, whole |
 | ``op_partial_names`` | parts of module paths |
 | ``op_names_re`` | regular expressions, found anywhere in the path (``re.search``) |
