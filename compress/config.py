@@ -233,10 +233,14 @@ class _Book:
     def by_default(self, name: str) -> bool:
         return self.prunable(name) and not isinstance(self.modules[name], self.optional)
 
-    def units_of(self, name: str) -> tuple[int, int]:
-        """What layers have in common that have the same units: the weight, and its axis."""
-        module = self.modules[name]
-        return id(raw_parameter(module, self.weights[name][0])), self.unit_axis(module)
+    def units_of(self, name: str) -> tuple[object, ...]:
+        """What layers have in common that have the same units: weights, their names and axis."""
+        module, names = self.modules[name], self.weights[name]
+        return (
+            *(id(raw_parameter(module, each)) for each in names),
+            *names,
+            self.unit_axis(module),
+        )
 
     def kind(self, name: str) -> str:
         """The class name that the user knows the module by."""
@@ -420,7 +424,7 @@ def _targets(book: _Book, chosen: Mapping[str, tuple[int, Entry]], problems: lis
         index for index, entry in pruned.values() if entry.total_sparsity is not None
     )
     groups = {entry: number for number, entry in enumerate(sorted(entries))}
-    layers: dict[tuple[int, int], Target] = {}
+    layers: dict[tuple[object, ...], Target] = {}
     for name, (index, entry) in pruned.items():
         key = book.units_of(name)
         target = _target(name, book, index, entry, groups)

@@ -555,6 +555,20 @@ def test_modules_with_the_same_weights_take_the_same_masks():
     assert all(torch.equal(masks["a"][name], masks["b"][name]) for name in masks["a"])
 
 
+@pytest.mark.parametrize("kind", [L1FilterPruner, LevelPruner])
+def test_a_weight_under_several_names_is_masked_once(kind):
+    model = nn.ModuleDict({"rnn": nn.RNN(3, 4), "cell": nn.RNNCell(3, 4), "fc": nn.Linear(3, 4)})
+    model["cell"].weight_ih = model["fc"].weight = model["rnn"].weight_ih_l0
+    config_list = [{"sparsity": 0.5, "op_names": ["rnn"]}, {"sparsity": 0.5, "op_names": ["fc"]}]
+    model, masks = kind(model, config_list).compress()
+    flat = masks.flat()
+    both = flat["rnn.weight_ih_l0"] & flat["fc.weight"]
+    raw = model["rnn"].weight_ih_l0
+    assert bool((raw[~both] == 0).all())
+    assert torch.equal(model["fc"].weight, raw)
+    assert torch.equal(model["cell"].weight_ih, raw)
+
+
 def test_what_was_masked_before_counts():
     model = nn.ModuleDict({"rnn": nn.GRU(2, 8)})
     _, first = L1FilterPruner(model, [{"sparsity": 0.25, "op_types": ["GRU"]}]).compress()
