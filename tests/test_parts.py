@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import check_exact, randomise
+from oracle import SeededChoices, check_exact, randomise
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -215,6 +215,28 @@ def test_last_states_need_the_same_units_in_all_layers(kind):
     model = Tagger(kind, last=True, num_layers=2)
     shrunk(model, x, L1FilterPruner, half_of(model), mode="dependency_aware", dummy_input=x)
     assert model.recurrent.hidden_size == HIDDEN // 2
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_networks(seed):
+    torch.manual_seed(seed)
+    choices = SeededChoices(seed)
+    options = choices.pick(OPTIONS)
+    last = bool(choices.integer(0, 1)) and not options.get("bidirectional")
+    model = Tagger(choices.pick([nn.LSTM, nn.GRU, nn.RNN]), last, **options)
+    x = torch.randn(3, 5).double()
+    entries = [
+        {"sparsity": choices.integer(1, 7) / 8, "op_names": [name]}
+        for name in ("recurrent", "embedding")
+    ]
+    kind = choices.pick([L1FilterPruner, L2FilterPruner, FPGMPruner, RandomFilterPruner])
+    mode = choices.pick(["normal", "dependency_aware"])
+    shrunk(model, x, kind, entries, mode=mode, dummy_input=x)
+    if mode == "dependency_aware":
+        units = [HIDDEN, INPUTS]
+        gone = [int(entry["sparsity"] * size) for entry, size in zip(entries, units, strict=True)]
+        left = [size - lost for size, lost in zip(units, gone, strict=True)]
+        assert [model.recurrent.hidden_size, model.recurrent.input_size] == left
 
 
 class Translator(nn.Module):
