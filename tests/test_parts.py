@@ -20,6 +20,7 @@ from compress import (
     Evaluator,
     FPGMPruner,
     GlobalPruner,
+    GraSPPruner,
     IterativePruner,
     L1FilterPruner,
     L2FilterPruner,
@@ -273,6 +274,41 @@ def test_cells_in_a_loop_shrink_with_what_makes_their_first_state(kind):
     assert model.bridge.out_features == 4
 
 
+def test_layers_of_one_module_go_together_or_not_at_all():
+    x = torch.randn(3, 5).double()
+    first = [{"sparsity": 0.5, "op_names": ["recurrent.weight_ih_l0"]}]
+    model = Tagger(nn.GRU, num_layers=2)
+    masks = shrunk(model, x, L1FilterPruner, first)
+    assert masks["recurrent"].keys() == {
+        f"{w}_{s}_l0" for w in ("weight", "bias") for s in ("ih", "hh")
+    }
+    assert model.recurrent.hidden_size == HIDDEN
+    pruner = L1FilterPruner(model, first, mode="dependency_aware", dummy_input=x)
+    with pytest.warns(
+        UserWarning, match=r"nothing of 'recurrent\.weight_ih_l0': it is coupled with"
+    ):
+        assert pruner.calc_masks().sparsity == 0
+
+
+@pytest.mark.parametrize("mode", ["normal", "dependency_aware"])
+def test_the_only_unit_and_the_only_head_stay(mode):
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(4, 1, batch_first=True)
+            self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+            self.head = nn.Linear(5, 2)
+            randomise(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.attention(x, x, x, need_weights=False)[0]
+            return self.head(torch.cat([y, self.rnn(x)[0]], -1))
+
+    model, x = Narrow(), torch.randn(2, 3, 4)
+    masks = shrunk(model, x, L1FilterPruner, half_of(model), mode=mode, dummy_input=x)
+    assert masks.sparsity == 0
+
+
 def test_a_cell_whose_first_state_is_not_selected_is_left_alone():
     x = torch.randn(3, 4).double()
     pruner = L1FilterPruner(
@@ -409,7 +445,7 @@ def test_one_ranking_over_units_and_heads(mode):
         assert model.lstm.hidden_size == int(rows[0].sum())
 
 
-@pytest.mark.parametrize("kind", [LAMPPruner, SNIPPruner, MovementPruner])
+@pytest.mark.parametrize("kind", [LAMPPruner, SNIPPruner, GraSPPruner, MovementPruner])
 def test_every_pruner_of_single_weights(kind):
     given = () if kind is LAMPPruner else (data(),)
     config_list = half("LSTM", "MultiheadAttention") if kind is MovementPruner else RANKED
