@@ -9,7 +9,8 @@ selector:
 | ``total_sparsity`` | fraction of the weights of all the selected layers together, in [0, 1) |
 | ``max_sparsity_per_layer`` | with ``total_sparsity``: the most that a layer may lose; see below |
 | ``exclude`` | True: the selected layers are not pruned; False says nothing |
-| ``op_types`` | class names, subclasses match; ``"default"``: all types that the pruner supports |
+| ``op_types`` | class names, subclasses match; ``"default"``: all types that the pruner supports,
+but for those that it prunes only where they are named (`Pruner.optional_types`) |
 | ``op_names`` | module paths, whole |
 | ``op_partial_names`` | parts of module paths |
 | ``op_names_re`` | regular expressions, found anywhere in the path (``re.search``) |
@@ -20,6 +21,9 @@ may be given as a plain string.
 Within one selector a layer has to match any of the values; several selectors must all match, as in
 NNI. A layer takes the **last** entry that matches it, and is not pruned if that one excludes it.
 The list is read, never changed.
+
+A module of several weights has several layers, which go by the paths of their (first) weights:
+``lstm.weight_ih_l0``, ``attention.in_proj_weight``. What matches the module matches all of them.
 
 A sparsity below 1 cannot empty a layer, since ``floor(sparsity · units)`` units go. A
 ``total_sparsity`` that the limits of the layers do not allow is refused by `compress.allocate`.
@@ -41,6 +45,7 @@ from compress.errors import ConfigError, closest
 from compress.masks import raw_parameter
 
 DEFAULT = "default"
+WEIGHT = ("weight",)  # what most layers have
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,14 @@ class Target:
     """One layer to prune.
 
     Attributes:
-        name: module path, the first where a module has several.
+        name: module path, the first where a module has several; where the module has several
+            weights, the path of the first in ``weights``.
         sparsity: fraction of its units; None where ``group`` decides.
         group: index into `Targets.groups`, or None.
         max_sparsity: the most that it may lose under ``total_sparsity``.
         tied: other selected layers with the same weight, which take the same mask.
         entry: index of the entry in the config_list.
+        weights: names of its parameters in the module.
     """
 
     name: str
@@ -62,6 +69,21 @@ class Target:
     max_sparsity: float = 1.0
     tied: tuple[str, ...] = ()
     entry: int = field(default=0, compare=False)
+    weights: tuple[str, ...] = WEIGHT
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The module path of the layer, and those of the layers that are tied to it."""
+        return tuple(self._module(name) for name in (self.name, *self.tied))
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Paths of the layer's own weights."""
+        module = self.modules[0]
+        return tuple(f"{module}.{name}" if module else name for name in self.weights)
+
+    def _module(self, name: str) -> str:
+        return name if self.weights == WEIGHT else name.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,7 @@ def resolve(
     *,
     optional_types: tuple[type[nn.Module], ...] = (),
     unit_axis: Callable[[nn.Module], int] = lambda module: 0,
+    weights: Callable[[nn.Module], Sequence[tuple[str, ...]]] = lambda module: (WEIGHT,),
     pruner: str = "this pruner",
     granularity: str = "weights",
     entry_type: type[Entry] = Entry,
@@ -113,6 +136,7 @@ def resolve(
         optional_types: what it prunes besides where an entry names the type or the layer itself.
         unit_axis: the axis of a layer's weight that its units lie along. Layers that share a weight
             are one target where they share the axis, too.
+        weights: the names of the weights of each layer that a supported module has.
         pruner: its name, for messages.
         granularity: what it masks, for messages: "whole filters".
         entry_type: what an entry may say.
@@ -127,7 +151,7 @@ def resolve(
         )
     every = supported_types + optional_types
     ability = f"{pruner} masks {granularity} of {_types(every)}"
-    book = _Book(model, every, optional_types, unit_axis, ability)
+    book = _Book(model, every, optional_types, unit_axis, weights, ability)
     problems: list[str] = []
     chosen: dict[str, tuple[int, Entry]] = {}
     for index, raw in enumerate(config_list):
@@ -156,6 +180,7 @@ class _Book:
         supported: tuple[type[nn.Module], ...],
         optional: tuple[type[nn.Module], ...],
         unit_axis: Callable[[nn.Module], int],
+        weights: Callable[[nn.Module], Sequence[tuple[str, ...]]],
         ability: str,
     ) -> None:
         self.supported = supported
@@ -171,11 +196,36 @@ class _Book:
             name = first.setdefault(id(module), path)
             self.modules[name] = module
             self.paths[name] = (*self.paths.get(name, ()), path)
+        self.weights: dict[str, tuple[str, ...]] = {}  # of each layer
+        self.layers = {n: self._layers(n, m, weights) for n, m in self.modules.items()}
+        self.modules = {
+            each: module
+            for name, module in self.modules.items()
+            for each in dict.fromkeys((name, *self.layers[name]))
+        }
+        self.owner = {layer: name for name, layers in self.layers.items() for layer in layers}
+        self.paths = {n: self.paths.get(n, (n,)) for n in self.modules}
         self.names = {path: name for name, paths in self.paths.items() for path in paths}
         self.types = {
             name: {cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
             for name, module in self.modules.items()
         }
+
+    def _layers(
+        self,
+        name: str,
+        module: nn.Module,
+        weights: Callable[[nn.Module], Sequence[tuple[str, ...]]],
+    ) -> tuple[str, ...]:
+        """The layers of a module: itself, or names of their own."""
+        if not isinstance(module, self.supported):
+            return (name,)
+        named = {
+            name if names == WEIGHT else f"{name}.{names[0]}".removeprefix("."): names
+            for names in weights(module)
+        }
+        self.weights |= named
+        return tuple(named)
 
     def prunable(self, name: str) -> bool:
         return isinstance(self.modules[name], self.supported)
@@ -183,10 +233,14 @@ class _Book:
     def by_default(self, name: str) -> bool:
         return self.prunable(name) and not isinstance(self.modules[name], self.optional)
 
-    def units_of(self, name: str) -> tuple[int, int]:
-        """What layers have in common that have the same units: the weight, and its axis."""
-        module = self.modules[name]
-        return id(raw_parameter(module, "weight")), self.unit_axis(module)
+    def units_of(self, name: str) -> tuple[object, ...]:
+        """What layers have in common that have the same units: weights, their names and axis."""
+        module, names = self.modules[name], self.weights[name]
+        return (
+            *(id(raw_parameter(module, each)) for each in names),
+            *names,
+            self.unit_axis(module),
+        )
 
     def kind(self, name: str) -> str:
         """The class name that the user knows the module by."""
@@ -221,6 +275,7 @@ class _Book:
         if problem:
             problems.append(f"{where}: {problem}")
             return []
+        layers = list(dict.fromkeys(x for name in layers for x in self.layers.get(name, (name,))))
         problems.extend(self._wrong_limits(where, entry, layers))
         return layers
 
@@ -229,7 +284,7 @@ class _Book:
         if key == "op_types":
             if value == DEFAULT:
                 found = {name for name in self.modules if self.by_default(name)}
-                nothing = f"the model has no layer for it: {self.ability}"
+                nothing = f"the model has no layer for it: {self.ability}{self._others()}"
             else:
                 found = {name for name, types in self.types.items() if value in types}
                 kinds = {kind for types in self.types.values() for kind in types}
@@ -246,11 +301,20 @@ class _Book:
             nothing = f"no module name of the model matches{closest(value, self.names)}"
         return found, "" if found else nothing
 
+    def _others(self) -> str:
+        """What of the model ``"default"`` leaves out, for a message."""
+        named = [n for n in self.layers if self.prunable(n) and not self.by_default(n)]
+        if not named:
+            return ""
+        return (
+            f'; it leaves out {self.described(named[0])}: add "{self.kind(named[0])}" to op_types'
+        )
+
     def _refusal(self, found: set[str], by_name: bool) -> str:
         """Why the pruner cannot prune what was asked for by name or type; empty if it can."""
         if any(self.prunable(name) for name in found):
             return ""
-        named = [self.described(name) for name in self.modules if name in found]
+        named = [self.described(name) for name in self.layers if name in found]
         more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         hint = ""
         if by_name and any(True for name in found for _ in self.modules[name].children()):
@@ -266,7 +330,10 @@ class _Book:
         layers: list[str],
     ) -> str:
         """Why an entry selects nothing; empty if it selects something."""
-        counts = " and ".join(f"{key} ({len(found)} modules)" for key, found in matches.items())
+        counts = " and ".join(
+            f"{key} ({len({self.owner.get(name, name) for name in found})} modules)"
+            for key, found in matches.items()
+        )
         if not selected:
             return f"it selects no layer: no module matches all of {counts}"
         if entry.exclude:
@@ -295,8 +362,13 @@ class _Book:
             f"{where}['max_sparsity_per_layer']: got {name!r}, which is no layer of this entry"
             f"{closest(name, layers)}"
             for name in limits
-            if self.names.get(name) not in layers
+            if not set(self._layers_at(name)) & set(layers)
         ]
+
+    def _layers_at(self, path: str) -> tuple[str, ...]:
+        """The layers that a path means: that of a layer, or of a module with several."""
+        name = self.names.get(path)
+        return () if name is None else self.layers.get(name, (name,))
 
     def described(self, name: str) -> str:
         """``Conv2d 'layer1.conv1'``, for messages."""
@@ -305,24 +377,30 @@ class _Book:
     def weight_problem(self, name: str) -> str:
         """Why the weight of a supported layer cannot be pruned now; empty if it can."""
         module = self.modules[name]
-        weight = raw_parameter(module, "weight")
-        if weight is None and getattr(module, "weight", module) is None:
-            return "it has no weight (affine=False); exclude it"
-        if weight is None:
-            return (
-                "its weight is computed from other parameters (weight_norm or another "
-                "parametrization); remove that first (torch.nn.utils.parametrize."
-                "remove_parametrizations), or exclude the layer"
-            )
-        if isinstance(weight, UninitializedParameter):
-            return "its weight has no shape yet; run the model once on a batch first"
-        if weight.is_meta:
-            return "its weight is on the meta device and has no values; load the weights first"
-        if not weight.is_floating_point():
-            return f"its weight is {weight.dtype}; expected a floating-point one, or exclude it"
-        if weight.numel() == 0:
-            return f"its weight is empty, of shape {tuple(weight.shape)}; exclude it"
-        return ""
+        found = (_problem_of(module, weight) for weight in self.weights[name])
+        return next((problem for problem in found if problem), "")
+
+
+def _problem_of(module: nn.Module, name: str) -> str:
+    """Why a parameter cannot be pruned now; empty if it can."""
+    weight = raw_parameter(module, name)
+    if weight is None and getattr(module, name, module) is None:
+        return "it has no weight (affine=False); exclude it"
+    if weight is None:
+        return (
+            "its weight is computed from other parameters (weight_norm or another "
+            "parametrization); remove that first (torch.nn.utils.parametrize."
+            "remove_parametrizations), or exclude the layer"
+        )
+    if isinstance(weight, UninitializedParameter):
+        return "its weight has no shape yet; run the model once on a batch first"
+    if weight.is_meta:
+        return "its weight is on the meta device and has no values; load the weights first"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}; expected a floating-point one, or exclude it"
+    if weight.numel() == 0:
+        return f"its weight is empty, of shape {tuple(weight.shape)}; exclude it"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -346,7 +424,7 @@ def _targets(book: _Book, chosen: Mapping[str, tuple[int, Entry]], problems: lis
         index for index, entry in pruned.values() if entry.total_sparsity is not None
     )
     groups = {entry: number for number, entry in enumerate(sorted(entries))}
-    layers: dict[tuple[int, int], Target] = {}
+    layers: dict[tuple[object, ...], Target] = {}
     for name, (index, entry) in pruned.items():
         key = book.units_of(name)
         target = _target(name, book, index, entry, groups)
@@ -372,10 +450,11 @@ def _targets(book: _Book, chosen: Mapping[str, tuple[int, Entry]], problems: lis
 def _target(name: str, book: _Book, index: int, entry: Entry, groups: Mapping[int, int]) -> Target:
     if entry.total_sparsity is None:
         (sparsity,) = entry.sparsities().values()
-        return Target(name, sparsity, entry=index)
+        return Target(name, sparsity, entry=index, weights=book.weights[name])
     # Limits may name the module by any of its paths.
-    limit = min(entry.limit(path) for path in book.paths[name])
-    return Target(name, None, groups[index], limit, entry=index)
+    paths = {*book.paths[name], *book.paths[book.owner[name]]}
+    limit = min(entry.limit(path) for path in paths)
+    return Target(name, None, groups[index], limit, entry=index, weights=book.weights[name])
 
 
 def _grouped(

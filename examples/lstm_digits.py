@@ -1,14 +1,13 @@
-"""Prune the hidden units of an LSTM, with masks by hand: digits, read row by row.
+"""Prune the hidden units of an LSTM: digits, read row by row.
 
     pip install compress-torch[demo]
     python examples/lstm_digits.py
     python examples/lstm_digits.py --sparsity 0.75
 
-A hidden unit of a layer is a row of each of its four gates. `hidden_units` masks the units whose
-weights are smallest, and speedup takes all that goes with them: their columns in the recurrent
-weights and in the layer that reads them. The pruners score convolutions and linear layers; for
-other modules masks like these are all it takes. The first command prints, in ten seconds on one
-core::
+A hidden unit of a layer is a row of each of its four gates. `L1FilterPruner` masks the units whose
+weights are smallest, where the config_list names the LSTM, and speedup takes all that goes with
+them: their columns in the recurrent weights and in the layer that reads them. The first command
+prints, in ten seconds on one core::
 
     116,170 -> 30,442 parameters (26.2% left), largest difference to the masked model 5.9e-08
     hidden units: 48 of 96
@@ -31,7 +30,7 @@ from _data import digits
 from _train import accuracy, comparison, fit, loaders, parser
 from torch import Tensor, nn
 
-from compress import Masks, ModelSpeedup
+from compress import L1FilterPruner, ModelSpeedup
 
 
 class Rows(nn.Module):
@@ -57,8 +56,8 @@ def main() -> None:
     fit("dense", model, train, test, args.epochs, optimizer=adam(model, 5e-3))
     models = {"dense": copy.deepcopy(model)}
 
-    masks = Masks({"lstm": hidden_units(model.lstm, args.sparsity)})
-    masks.apply(model)
+    config_list = [{"sparsity": args.sparsity, "op_types": ["LSTM"]}]
+    model, masks = L1FilterPruner(model, config_list).compress()
     models["masked"] = copy.deepcopy(model)
     speedup = ModelSpeedup(model, example, masks)
     model = speedup.speedup_model()
@@ -70,22 +69,6 @@ def main() -> None:
     fit("fine-tuned", model, train, test, args.fine_tuning_epochs, optimizer=optimizer)
     models["fine-tuned"] = model
     print(comparison(models, example, lambda each: accuracy(each, test)))
-
-
-def hidden_units(lstm: nn.LSTM, sparsity: float) -> dict[str, Tensor]:
-    """Masks for the parameters of an LSTM, in each layer on the units of the least Σ|w|."""
-    masks = {}
-    for layer in range(lstm.num_layers):
-        names = [f"{kind}_{side}_l{layer}" for kind in ("weight", "bias") for side in ("ih", "hh")]
-        weights = torch.cat([getattr(lstm, name).detach() for name in names[:2]], 1)
-        score = weights.view(4, lstm.hidden_size, -1).abs().sum((0, 2))
-        keep = torch.ones_like(score, dtype=torch.bool)
-        keep[score.argsort()[: int(sparsity * lstm.hidden_size)]] = False
-        rows = keep.repeat(4)  # the gates are one below the other
-        for name in names:
-            parameter = getattr(lstm, name)
-            masks[name] = rows.view(-1, *[1] * (parameter.dim() - 1)).expand_as(parameter)
-    return masks
 
 
 def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:

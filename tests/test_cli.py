@@ -83,6 +83,17 @@ class Words(nn.Module):
         return found if labels is None else nn.functional.cross_entropy(found, labels)
 
 
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 8, bidirectional=True, batch_first=True)
+        self.attention, self.out = nn.MultiheadAttention(16, 4), nn.Linear(16, 2)
+
+    def forward(self, x):
+        y = self.lstm(x)[0]
+        return self.out(self.attention(y, y, y, need_weights=False)[0])
+
+
 class MaskedWords(Words):
     def forward(self, ids, labels=None, attention_mask=None):
         return super().forward(ids, labels)
@@ -160,6 +171,23 @@ def test_inspect(folder):
     shown = run("inspect", *NETS)
     assert "go together: conv1, conv2" in shown.stdout
     assert "own print" in shown.stderr and "own print" not in shown.stdout
+
+
+def test_hidden_units_and_heads(folder):
+    job = folder / "job.json"
+    types = ["LSTM", "MultiheadAttention"]
+    options = {"model": "cli_nets:Tagger", "dummy_input": [2, 4, 3], "small": "s.safetensors"}
+    write(job, config_list=[{"sparsity": 0.5, "op_types": types}], **options)
+    found = {each["layer"]: each["type"] for each in data("inspect", job)["layers"]}
+    assert found["lstm.weight_ih_l0_reverse"] == "LSTM"
+    assert found["attention.in_proj_weight"] == "MultiheadAttention"
+    run("prune", job)
+    import cli_nets
+
+    small = compress.load(cli_nets.Tagger, "s.safetensors")
+    assert (small.lstm.hidden_size, small.attention.num_heads) == (4, 2)
+    write(job, config_list=[{"sparsity": 0.5, "op_types": ["LTSM"]}], **options)
+    assert "did you mean 'LSTM'?" in told("prune", job)
 
 
 def test_inputs_by_name_and_of_whole_numbers(folder):

@@ -176,8 +176,8 @@ def test_the_updates_by_hand() -> None:
     # Z: (4, 0, 3, 0); U: (0, .75, 0, 1.5)
     with suspend_masks(model):
         assert model[0].weight.tolist() == [[4, 0.25, 3, 0.5]]
-    assert pruner._targets["0"].tolist() == [[4, 0, 3, 0]]
-    assert pruner._duals["0"].tolist() == [[0, 0.75, 0, 1.5]]
+    assert pruner._targets["0.weight"].tolist() == [[4, 0, 3, 0]]
+    assert pruner._duals["0.weight"].tolist() == [[0, 0.75, 0, 1.5]]
     assert masks["0"]["weight"].tolist() == [[True, False, True, False]]
     # ½ · ((.25 + .75)² + (.5 + 1.5)²)
     assert pruner.penalty().item() == pytest.approx(2.5)

@@ -11,6 +11,7 @@ from torch import nn
 from compress.cost.calls import dense_work
 from compress.graph.channels import ChannelGraph
 from compress.graph.explain import couplings, layer_of
+from compress.pruners.parts import COMPOUND
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def layer_facts(graph: ChannelGraph) -> list[LayerFacts]:
         found.append(
             LayerFacts(
                 layer=name,
-                type=type(module).__name__ if module is not None else "parameter",
+                type=_type(graph, path, module),
                 units=len(units.labels),
                 free=int(np.count_nonzero(~held)),
                 parameters=_own_parameters(graph, path, module),
@@ -53,6 +54,13 @@ def layer_facts(graph: ChannelGraph) -> list[LayerFacts]:
             )
         )
     return found
+
+
+def _type(graph: ChannelGraph, path: str, module: nn.Module | None) -> str:
+    """What ``op_types`` names the layer by; a parameter of a user's own module has no such name."""
+    owner = graph.modules[path.rpartition(".")[0]] if module is None else module
+    several = isinstance(owner, COMPOUND)
+    return type(owner).__name__ if module is not None or several else "parameter"
 
 
 def coupled_groups(facts: list[LayerFacts]) -> list[tuple[str, ...]]:

@@ -14,15 +14,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compress import criteria
 from compress.evaluator import Evaluator
 from compress.graph.watch import function_name
-from compress.pruners.base import Layer, foreign_layers
+from compress.pruners.base import Layer, foreign_layers, raise_all
 from compress.pruners.data import MeasuringPruner
 from compress.pruners.oneshot import ChannelPruner, WeightPruner, filter_axis
+from compress.pruners.parts import RECURRENT
 
 RECORDED = "recorded"
 _CHOICES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu6": F.relu6, "gelu": F.gelu}
@@ -119,6 +121,9 @@ class _Follower(TorchFunctionMode):
 class ActivationPruner(MeasuringPruner, ChannelPruner):
     """Scores filters by the activations that they lead to.
 
+    Of recurrent modules by their outputs, which are the hidden units of the last layer: those of
+    layers below, cells that are projected, and heads of attention are not seen and refused.
+
     Args:
         model, config_list, evaluator: as `MeasuringPruner`; no loss is needed with an `Evaluator`.
         activation: "recorded": the first activation function that a layer's output really reaches,
@@ -139,7 +144,17 @@ class ActivationPruner(MeasuringPruner, ChannelPruner):
     ) -> None:
         self.activation = activation
         super().__init__(model, config_list, evaluator, **arguments)
+        raise_all(type(self).__name__, self._unseen())
         self._sums: dict[str, ChannelSums] = {}
+
+    def _unseen(self) -> list[str]:
+        """What is wrong with targets whose units no output of a module shows."""
+        instead = "use a pruner that scores weights or gradients, or exclude it"
+        problems = []
+        for target in self.targets:
+            reason = _unseen(self.model.get_submodule(target.modules[0]), target.weights[0])
+            problems += [f"{target.name!r}: {reason}; {instead}"] if reason else []
+        return problems
 
     @abstractmethod
     def statistic(self, sums: ChannelSums) -> Tensor:
@@ -167,14 +182,17 @@ class ActivationPruner(MeasuringPruner, ChannelPruner):
 
         def leave(name: str, module: nn.Module, output: Any) -> None:
             axis = _channel_axis(module)
+            if isinstance(module, RECURRENT):
+                output = _hidden(module, name, output)
             values = output if function is None else function(output.detach())
             own.setdefault(name, ChannelSums()).add(values, axis)
-            follower.follow(_Passage(name, axis, output.shape[axis]), output)
+            if not isinstance(module, RECURRENT):  # a hidden unit comes out of its activation
+                follower.follow(_Passage(name, axis, output.shape[axis]), output)
 
         recording = follower if self.activation == RECORDED else nullcontext()
         with _after_each_call(self._users(), leave), recording:
             self.data.measure(self.model, self.training_batches, _nothing, progress=self.progress)
-        self._refuse_unused([target.name for target in self.targets if target.name not in own])
+        self._refuse_unused(own)
         self._sums = own | reached
 
 
@@ -211,6 +229,7 @@ class WandaPruner(MeasuringPruner, WeightPruner):
     """
 
     supported_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    optional_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     modes: ClassVar[tuple[str, ...]] = ("balanced",)
 
     def __init__(
@@ -237,7 +256,7 @@ class WandaPruner(MeasuringPruner, WeightPruner):
 
         with _before_each_call(self._users(), enter):
             self.data.measure(self.model, self.training_batches, _nothing, progress=self.progress)
-        self._refuse_unused([target.name for target in self.targets if target.name not in sums])
+        self._refuse_unused(sums)
         self._sums = sums
 
 
@@ -252,10 +271,34 @@ def _nothing() -> None:
 
 def _channel_axis(module: nn.Module) -> int:
     """Where the channels of a layer's output lie, counted from the end: batched or not."""
-    if isinstance(module, (nn.Linear, nn.Embedding, *foreign_layers())):
+    if isinstance(module, (nn.Linear, nn.Embedding, *RECURRENT, *foreign_layers())):
         return -1
     assert isinstance(module, nn.modules.conv._ConvNd)
     return -1 - len(module.kernel_size)
+
+
+def _hidden(module: nn.Module, name: str, output: Any) -> Tensor:
+    """The columns of a recurrent module's output that are the hidden units of one of its layers.
+
+    ``(…, units)``; of the states that come with it, and of padding, nothing.
+    """
+    output = output if isinstance(output, Tensor) else output[0]
+    values: Tensor = output.data if isinstance(output, PackedSequence) else output
+    width = module.hidden_size
+    assert isinstance(width, int)
+    return values[..., width:] if name.endswith("_reverse") else values[..., :width]
+
+
+def _unseen(module: nn.Module, weight: str) -> str:
+    """Why a module's output does not show the units of a layer in it; empty if it does."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "what its heads give is mixed before it comes out"
+    if isinstance(module, nn.RNNBase):
+        if module.proj_size:
+            return "its hidden units are projected before they come out"
+        if not weight.removesuffix("_reverse").endswith(f"_l{module.num_layers - 1}"):
+            return f"only the last of its {module.num_layers} layers is seen in its output"
+    return ""
 
 
 @contextmanager

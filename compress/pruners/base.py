@@ -6,7 +6,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,7 @@ from compress.config_entry import Entry
 from compress.errors import CompressError, ConfigError
 from compress.masks import Masks, applied_masks, raw_parameter, suspend_masks
 from compress.pruners.export import MaskedModel
+from compress.pruners.parts import ITS_WEIGHT, Part, part_of
 
 if TYPE_CHECKING:
     from compress.graph.channels import ChannelGraph
@@ -33,16 +34,19 @@ class Layer:
     """A layer to be scored.
 
     Attributes:
-        name: module path.
+        name: module path; of a module of several weights, that of the layer's first weight.
         module: the user's module.
-        weight: its weight, detached; 0 where a mask from before the pruner is.
+        weight: its weight, detached; 0 where a mask from before the pruner is. Of hidden units and
+            heads their rows, ``(units, entries)``: `Part.gathered`.
         mask: that mask, of the weight's shape; None where there is none.
+        part: what of the module it is.
     """
 
     name: str
     module: nn.Module
     weight: Tensor
     mask: Tensor | None = None
+    part: Part = ITS_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class Pruner(MaskedModel, ABC):
             cls._layer_types(),
             optional_types=cls.optional_types,
             unit_axis=cls.unit_axis,
+            weights=lambda module: [part.weights for part in cls.parts(module)],
             pruner=cls.__name__,
             granularity=cls.granularity,
             entry_type=entry_type,
@@ -156,6 +161,33 @@ class Pruner(MaskedModel, ABC):
     def unit_axis(cls, module: nn.Module) -> int:
         """The axis of a layer's weight that its units lie along."""
         return 0
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> Sequence[Part]:
+        """The layers that a module has."""
+        return (ITS_WEIGHT,)
+
+    @classmethod
+    def part(cls, model: nn.Module, target: Target) -> Part:
+        """What of its module a target is."""
+        return part_of(cls.parts(model.get_submodule(target.modules[0])), target.name)
+
+    @classmethod
+    def layer(cls, model: nn.Module, target: Target) -> Layer:
+        """A target as its parameters are stored, whatever masks are on it.
+
+        Raises:
+            CompressError: one of them is no plain parameter.
+        """
+        module, part = model.get_submodule(target.modules[0]), cls.part(model, target)
+        weights = [raw_parameter(module, name) for name in part.weights]
+        found = [weight.detach() for weight in weights if weight is not None]
+        if len(found) < len(weights):
+            raise CompressError(
+                f"{target.name!r}: its weight was there when {cls.__name__} was made and is no "
+                "plain parameter now; make a new pruner for the changed model"
+            )
+        return Layer(target.name, module, part.gathered(found), None, part)
 
     @classmethod
     def by_unit(cls, layer: Layer, values: Tensor) -> Tensor:
@@ -284,9 +316,10 @@ class Pruner(MaskedModel, ABC):
         modules = dict(self.model.named_modules())
         for target in self.targets:
             layer = layers[target.name]
-            for name in (target.name, *target.tied):
-                one = Layer(name, modules[name], layer.weight)
-                entries[name] = self.expand(one, keep[target.name])
+            for name, path in zip((target.name, *target.tied), target.modules, strict=True):
+                part = part_of(self.parts(modules[path]), name)
+                one = Layer(name, modules[path], layer.weight, None, part)
+                entries.setdefault(path, {}).update(self.expand(one, keep[target.name]))
         masks = Masks(entries)
         masks &= extra
         masks &= before
@@ -333,27 +366,13 @@ class Pruner(MaskedModel, ABC):
         return self._before if applied == self._masks else applied
 
     def _layers(self, before: Masks) -> dict[str, Layer]:
-        modules = dict(self.model.named_modules())
-        masked = {
-            id(raw_parameter(modules[path], name)): mask
+        masks = {
+            id(raw_parameter(module, name)): mask
             for path, parameters in before.items()
+            for module in (self.model.get_submodule(path),)
             for name, mask in parameters.items()
         }
-        layers = {}
-        for target in self.targets:
-            module = modules[target.name]
-            raw = raw_parameter(module, "weight")
-            if raw is None:
-                raise CompressError(
-                    f"{target.name!r}: its weight was there when {type(self).__name__} was made "
-                    "and is no plain parameter now; make a new pruner for the changed model"
-                )
-            weight, mask = raw.detach(), masked.get(id(raw))
-            if mask is not None:
-                mask = mask.to(weight.device)
-                weight = weight.masked_fill(~mask, 0)
-            layers[target.name] = Layer(target.name, module, weight, mask)
-        return layers
+        return {one.name: _masked(self.layer(self.model, one), masks) for one in self.targets}
 
     def _masked_first(
         self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor]
@@ -433,11 +452,22 @@ class Pruner(MaskedModel, ABC):
                 self.dummy_input,
                 round_to=self.round_to,
                 min_channels=self.min_channels,
+                parts={one.name: self.part(self.model, one) for one in self.targets},
                 blocks=self._blocks,
                 whole_heads=self._whole_heads,
                 isomorphic=self.mode == "isomorphic",
                 graph=graph,
             )
+
+
+def _masked(layer: Layer, masks: Mapping[int, Tensor]) -> Layer:
+    """The layer under masks, by the ids of the parameters that they are of."""
+    raw = [raw_parameter(layer.module, name) for name in layer.part.weights]
+    if not any(id(weight) in masks for weight in raw):
+        return layer
+    every = [masks.get(id(w), torch.ones_like(w, dtype=torch.bool)) for w in raw if w is not None]
+    mask = layer.part.gathered([each.to(layer.weight.device) for each in every])
+    return replace(layer, weight=layer.weight.masked_fill(~mask, 0), mask=mask)
 
 
 def raise_all(who: str, problems: list[str]) -> None:

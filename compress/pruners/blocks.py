@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress import allocate
 from compress.config import Target
 from compress.errors import closest
-from compress.masks import Masks, raw_parameter
+from compress.masks import Masks
 from compress.pruners.base import Layer, Pruner, raise_all
 from compress.pruners.patterns import (
     as_matrix,
@@ -109,10 +109,8 @@ class PatternPruner(Pruner):
         problems = []
         wanted = self.pattern.sparsity
         for target in self.targets if self._patterned else ():
-            module = self.model.get_submodule(target.name)
-            weight = raw_parameter(module, "weight")
-            assert weight is not None, f"{target.name} was checked by resolve"
-            problem = self.pattern.problem(*sizes_of(weight, *inputs_first(module)))
+            layer = self.layer(self.model, target)
+            problem = self.pattern.problem(*sizes_of(layer.weight, *inputs_of(layer)))
             if problem:
                 problems.append(f"{target.name!r}: {problem}; exclude it, or choose other sizes")
             if wanted is not None and abs((target.sparsity or 0) - wanted) > 1e-6:
@@ -149,7 +147,7 @@ class BlockPruner(Pruner):
         problems = self._argument_problems(block_size, heads, names)
         if not problems:
             given = heads if isinstance(heads, Mapping) else {}
-            self._blocks, problems = self._block_sizes(names, block_size, given)
+            self._blocks, problems = self._block_sizes(block_size, given)
         self._whole_heads = heads == "auto"
         raise_all(type(self).__name__, problems)
 
@@ -167,17 +165,16 @@ class BlockPruner(Pruner):
         return {name: units.repeat_interleave(sizes[name]) for name, units in keep.items()}, extra
 
     def _block_sizes(
-        self, names: Sequence[str], block_size: int, heads: Mapping[str, int]
+        self, block_size: int, heads: Mapping[str, int]
     ) -> tuple[dict[str, int], list[str]]:
         """Filters per unit of each layer, where they are several, and what is wrong."""
         problems = []
         blocks: dict[str, int] = {}
-        for name in names:
-            module = self.model.get_submodule(name)
-            weight = raw_parameter(module, "weight")
-            assert weight is not None, f"{name} was checked by resolve"
+        for target in self.targets:
+            name, layer = target.name, self.layer(self.model, target)
             # Where groups share an axis of the weight (transposed convolutions) there are more.
-            filters: int = getattr(module, "out_channels", weight.shape[self.unit_axis(module)])
+            axis = self.unit_axis(layer.module)
+            filters: int = getattr(layer.module, "out_channels", layer.weight.shape[axis])
             if name in heads and filters % heads[name]:
                 problems.append(
                     f"heads[{name!r}]: got {heads[name]}; expected a divisor of {filters}, its "

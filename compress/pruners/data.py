@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -101,14 +101,33 @@ class DataPruner(Pruner):
     def _users(self) -> dict[str, list[nn.Module]]:
         """The modules of each target: its own, and those that are tied to it."""
         modules = dict(self.model.named_modules())
-        return {t.name: [modules[name] for name in (t.name, *t.tied)] for t in self.targets}
+        return {t.name: [modules[path] for path in t.modules] for t in self.targets}
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        """The raw weight of each target."""
-        found = {name: raw_parameter(users[0], "weight") for name, users in self._users().items()}
-        return {name: weight for name, weight in found.items() if weight is not None}
+        """The raw weights of the targets, by path."""
+        modules = dict(self.model.named_modules())
+        found = {
+            path: raw_parameter(modules[target.modules[0]], name)
+            for target in self.targets
+            for path, name in zip(target.parameters, target.weights, strict=True)
+        }
+        return {path: weight for path, weight in found.items() if weight is not None}
 
-    def _refuse_unused(self, unused: Sequence[str]) -> None:
+    def _by_layer(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the weights' shapes, by path, in the shapes of the layers' weights, by name.
+
+        Without layers of which there is nothing.
+        """
+        layers = {}
+        for target in self.targets:
+            tensors = [found[path].detach() for path in target.parameters if path in found]
+            if len(tensors) == len(target.parameters):
+                layers[target.name] = self.part(self.model, target).gathered(tensors)
+        return layers
+
+    def _refuse_unused(self, used: Collection[str]) -> None:
+        """Raise CompressError if a target is not among those that were ``used``."""
+        unused = [target.name for target in self.targets if target.name not in used]
         if unused:
             raise CompressError(
                 f"{type(self).__name__} measured nothing of {', '.join(map(repr, unused))}: no "
@@ -182,17 +201,18 @@ class TaylorFOWeightFilterPruner(GradientPruner):
         scores: dict[str, Tensor] = {}
 
         def add() -> None:
-            for name, weight in weights.items():
-                if weight.grad is not None:
-                    axis = filter_axis(users[name][0])
-                    score = criteria.taylor_first_order(weight, weight.grad, *axis)
-                    scores[name] = scores[name] + score if name in scores else score
+            found = {path: w.grad for path, w in weights.items() if w.grad is not None}
+            gradients, values = self._by_layer(found), self._by_layer(weights)
+            for name, gradient in gradients.items():
+                axis = filter_axis(users[name][0])
+                score = criteria.taylor_first_order(values[name], gradient, *axis)
+                scores[name] = scores[name] + score if name in scores else score
 
         with requiring_gradients(weights.values()):
             self.data.measure(
                 self.model, self.training_batches, add, backward=True, progress=self.progress
             )
-        self._refuse_unused([name for name in weights if name not in scores])
+        self._refuse_unused(scores)
         self._scores = scores
 
 
@@ -236,8 +256,7 @@ class OBDFilterPruner(GradientPruner):
     def _measure(self) -> None:
         weights, users = self._weights(), self._users()
         generator = torch.Generator().manual_seed(self.seed)
-        curvature = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        used: set[str] = set()
+        curvature: dict[str, Tensor] = {}
         with (
             requiring_gradients(weights.values()),
             self.data.measuring(self.model),
@@ -247,14 +266,14 @@ class OBDFilterPruner(GradientPruner):
         ):
             for batch in self.data.batches(self.training_batches, device_of(self.model)):
                 loss = self.data.loss(self.model, batch)
-                for name, diagonal in _hessian_diagonal(loss, weights, self.samples, generator):
-                    curvature[name] += diagonal
-                    used.add(name)
+                for path, diagonal in _hessian_diagonal(loss, weights, self.samples, generator):
+                    curvature[path] = curvature[path] + diagonal if path in curvature else diagonal
                 advance()
-        self._refuse_unused([name for name in weights if name not in used])
+        curved, values = self._by_layer(curvature), self._by_layer(weights)
+        self._refuse_unused(curved)
         self._scores = {
-            name: criteria.optimal_brain_damage(w, curvature[name], *filter_axis(users[name][0]))
-            for name, w in weights.items()
+            name: criteria.optimal_brain_damage(values[name], h, *filter_axis(users[name][0]))
+            for name, h in curved.items()
         }
 
 

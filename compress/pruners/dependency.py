@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 from compress import allocate
-from compress.config import Target, Targets
+from compress.config import WEIGHT, Target, Targets
 from compress.graph.channels import ChannelGraph
-from compress.graph.labels import Axes, joined
+from compress.graph.labels import Axes, Axis, joined
 from compress.masks import Masks
+from compress.pruners.parts import Part
 from compress.pruners.structure import head_grids, join_blocks_of, structure_classes
 
 
@@ -64,6 +65,7 @@ class Coupling:
         fixed: bool (labels,): the atoms that cannot go.
 
     Args:
+        parts: what each target is of its module, by name.
         blocks: how many neighbouring units of a layer go together.
         whole_heads: of attention, heads go and not their dims.
         isomorphic: a total sparsity is that of each kind of structure by itself (see
@@ -80,6 +82,7 @@ class Coupling:
         *,
         round_to: int,
         min_channels: int,
+        parts: Mapping[str, Part],
         blocks: Mapping[str, int],
         whole_heads: bool,
         isomorphic: bool,
@@ -89,9 +92,15 @@ class Coupling:
         self.graph = graph
         self.targets, self.min_channels = targets, min_channels
         steps = {t.name: math.lcm(round_to, blocks.get(t.name, 1)) for t in targets}
-        self.layers = [_layer(graph, t, scores[t.name], steps[t.name], isomorphic) for t in targets]
-        units = {layer.name: _units(graph, layer.name, len(layer.scores)) for layer in self.layers}
-        roots = join_grids(graph, head_grids(graph) if whole_heads else None)
+        units = {t.name: _units(graph, t, parts[t.name], len(scores[t.name])) for t in targets}
+        self.layers = [
+            _layer(graph, t, scores[t.name], units[t.name], steps[t.name], isomorphic)
+            for t in targets
+        ]
+        heads = _whole_units(graph, (_rows(graph, t, parts[t.name]) for t in targets))
+        if whole_heads:
+            heads = [a or b for a, b in zip(heads, head_grids(graph), strict=True)]
+        roots = join_grids(graph, heads)
         roots = join_blocks_of(roots, units, blocks)
         self.roots = _join_equal_parts(graph, roots, self.layers)
         for layer in self.layers:
@@ -99,7 +108,8 @@ class Coupling:
         self._classes = np.zeros(len(self.roots), np.int64)
         if isomorphic:
             self._classes = structure_classes(graph, self.roots)
-        self.fixed = _unremovable(graph, self.roots, targets)
+        self.fixed = _unremovable(graph, self.roots, targets, units)
+        self._units, self._names = units, _target_paths(targets)
         self._devices = {name: values.device for name, values in scores.items()}
 
     def choose(self, sparsities: Mapping[str, float] | None = None) -> np.ndarray:
@@ -161,69 +171,100 @@ class Coupling:
 
     def following(self, gone: np.ndarray) -> Masks:
         """The masks of all other parameters along what goes."""
-        return _following_masks(self.graph, self.roots, gone, _target_paths(self.targets))
+        return _following_masks(self.graph, self.roots, gone, self._names)
 
     def _warn_of_untouched(self, budgets: list[int], gone: np.ndarray) -> None:
         # Under a total sparsity a layer may be left alone because others are worth less.
-        for layer, budget in zip(self.layers, budgets, strict=True):
+        for layer, target, budget in zip(self.layers, self.targets, budgets, strict=True):
             able = layer.group is None or self.fixed[layer.roots].all()
             if able and budget > 0 and not gone[layer.roots].any():
-                reason = _why_untouched(self.graph, layer.name, _target_paths(self.targets))
+                labels = self._units[layer.name]
+                reason = _why_untouched(self.graph, target, labels, self._names)
                 warnings.warn(
                     f"the pruner masks nothing of {layer.name!r}: it {reason}", stacklevel=2
                 )
 
 
 def _layer(
-    graph: ChannelGraph, target: Target, scores: torch.Tensor, step: int, isomorphic: bool
+    graph: ChannelGraph,
+    target: Target,
+    scores: torch.Tensor,
+    labels: np.ndarray,
+    step: int,
+    isomorphic: bool,
 ) -> _Layer:
-    units = len(scores)
     values = scores.detach().double().cpu().numpy()
     mean = float(values.mean())
     scale = mean if mean > 0 and not isomorphic else 1.0
     return _Layer(
         name=target.name,
-        roots=graph.root[_units(graph, target.name, units)],
+        roots=graph.root[labels],
         scores=values / scale,
         scale=scale,
         sparsity=target.sparsity,
         max_sparsity=1.0 if target.max_sparsity is None else target.max_sparsity,
         group=target.group,
-        weights_per_unit=_weight(graph, target.name).numel() // units,
+        weights_per_unit=sum(w.numel() for w in _weights(graph, target)) // len(scores),
         step=step,
     )
 
 
-def _units(graph: ChannelGraph, name: str, units: int | None = None) -> np.ndarray:
-    """The labels of a layer's output units, or of a norm's channels.
+def _units(graph: ChannelGraph, target: Target, part: Part, units: int) -> np.ndarray:
+    """The labels of a layer's output units, or of a norm's channels; of a head, one of its values'.
 
     Zeros where the run did not use it as such, or with another number of ``units``.
     """
-    path = _weight_path(name)
-    found = graph.layers.get(path)
-    if found is not None:
-        labels: np.ndarray | None = found.labels
+    found = graph.layers.get(target.parameters[0])
+    if part.units is not None:
+        rows = _rows(graph, target, part)
+        labels = None if rows is None else rows[:, 0].copy()
+    elif found is not None:
+        labels = found.labels
     else:
-        leaf = graph.trace.leaves.get(path)
-        axes: Axes = () if leaf is None else graph.axes[leaf]
-        labels = axes[0] if len(axes) == 1 else None
-    if labels is None or units not in (None, len(labels)):
-        return np.zeros(len(_weight(graph, name)) if units is None else units, np.int64)
-    return labels
+        labels = _channels(graph, target.parameters[0])
+    return np.zeros(units, np.int64) if labels is None or len(labels) != units else labels
 
 
-def _weight_path(name: str) -> str:
-    return f"{name}.weight" if name else "weight"
+def _rows(graph: ChannelGraph, target: Target, part: Part) -> np.ndarray | None:
+    """The labels of the rows of each unit, (units, rows), in the last copy of a layer of rows.
+
+    All that a unit has goes with these: the gates with one another, a head's queries and keys with
+    its values. None where the run did not use them.
+    """
+    leaf = graph.trace.leaves.get(target.parameters[-1])
+    labels: Axis = None if leaf is None else graph.axes[leaf][0]
+    if part.units is None or labels is None:
+        return None
+    rows: np.ndarray = labels.reshape(part.copies[part.weights[-1]], part.units, -1)[-1]
+    return rows
+
+
+def _channels(graph: ChannelGraph, path: str) -> np.ndarray | None:
+    """The labels of a weight with one axis, such as that of a norm, by its path."""
+    leaf = graph.trace.leaves.get(path)
+    axes: Axes = () if leaf is None else graph.axes[leaf]
+    return axes[0] if len(axes) == 1 else None
 
 
 def _target_paths(targets: Targets) -> set[str]:
-    return {_weight_path(name) for t in targets for name in (t.name, *t.tied)}
+    """Paths of the weights of all targets, also where they are tied."""
+    modules = ((module, t) for t in targets for module in t.modules)
+    return {f"{module}.{name}" if module else name for module, t in modules for name in t.weights}
 
 
-def _weight(graph: ChannelGraph, name: str) -> torch.Tensor:
-    weight = graph.model.get_submodule(name).weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
+def _weights(graph: ChannelGraph, target: Target) -> list[torch.Tensor]:
+    module = graph.model.get_submodule(target.modules[0])
+    return [getattr(module, name) for name in target.weights]
+
+
+def _whole_units(graph: ChannelGraph, rows: Iterable[np.ndarray | None]) -> list[bool]:
+    """For each grid, whether its rows are units of a target: they go whole, not by columns."""
+    found = [labels for labels in rows if labels is not None and labels.shape[1] > 1]
+    if not found:
+        return [False] * len(graph.space.grids)
+    several = np.concatenate([labels.ravel() for labels in found])
+    several = several[several != 0]
+    return [bool(np.isin(grid.cells, several).any()) for grid in graph.space.grids]
 
 
 def _join_equal_parts(graph: ChannelGraph, root: np.ndarray, layers: list[_Layer]) -> np.ndarray:
@@ -277,7 +318,9 @@ def _score_by_root(root: np.ndarray, layers: Iterable[_Layer]) -> np.ndarray:
     return total / np.maximum(count, 1)
 
 
-def _unremovable(graph: ChannelGraph, root: np.ndarray, targets: Targets) -> np.ndarray:
+def _unremovable(
+    graph: ChannelGraph, root: np.ndarray, targets: Targets, units: Mapping[str, np.ndarray]
+) -> np.ndarray:
     """Bool (labels,): roots that are fixed, or of another layer that is not to be pruned.
 
     Where the targets are norms, the layers that make their channels are pruned along, and the other
@@ -287,17 +330,19 @@ def _unremovable(graph: ChannelGraph, root: np.ndarray, targets: Targets) -> np.
     fixed = np.zeros(len(root), bool)
     fixed[0] = True
     of_norms = np.zeros(len(root), bool)
-    norms = [t.name for t in targets if _weight_path(t.name) not in graph.layers]
+    norms = [t.name for t in targets if t.weights == WEIGHT and t.parameters[0] not in graph.layers]
     for name in norms:
-        of_norms[root[_units(graph, name)]] = True
+        of_norms[root[units[name]]] = True
     for path, layer in graph.layers.items():
         if path not in names and not layer.follows:
             fixed[root[layer.labels][~of_norms[root[layer.labels]]]] = True
     kinds = tuple({type(graph.model.get_submodule(name)) for name in norms})
     for name, module in graph.model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, kinds) else None
-        if weight is not None and _weight_path(name) not in names:
-            fixed[root[_units(graph, name)]] = True
+        path = f"{name}.weight" if name else "weight"
+        labels = None if weight is None or path in names else _channels(graph, path)
+        if labels is not None:
+            fixed[root[labels]] = True
     return fixed
 
 
@@ -370,16 +415,18 @@ def _weights_by_share(
     return weights
 
 
-def _why_untouched(graph: ChannelGraph, name: str, targets: set[str]) -> str:
-    labels = _units(graph, name)
-    pinned = labels[graph.root[labels] == graph.root[0]]
-    if shared := _shared_with(graph, name):
+def _why_untouched(
+    graph: ChannelGraph, target: Target, labels: np.ndarray, targets: set[str]
+) -> str:
+    held = labels if target.weights == WEIGHT else _with_rows(graph, labels)
+    pinned = held[graph.root[held] == graph.root[0]]
+    if shared := _shared_with(graph, target):
         return f"shares its weight with {shared!r}, which decides about both"
     if not labels.any():
         return "runs in no way that the graph knows"
     if len(pinned):
         return graph.pin_reason(int(pinned[0]))
-    if others := _coupled_besides(graph, name, targets):
+    if others := _coupled_besides(graph, target, targets):
         return (
             f"is coupled with {', '.join(map(repr, others))}, not to be pruned: select those, too, "
             "if they may shrink with it"
@@ -387,23 +434,30 @@ def _why_untouched(graph: ChannelGraph, name: str, targets: set[str]) -> str:
     return "is coupled with a layer that is not to be pruned, or in too large steps"
 
 
-def _shared_with(graph: ChannelGraph, name: str) -> str:
+def _with_rows(graph: ChannelGraph, labels: np.ndarray) -> np.ndarray:
+    """Labels, and those of the rows of the grids that they are cells of: the heads."""
+    rows = [g.rows[np.isin(g.cells, labels[labels != 0]).any(1)] for g in graph.space.grids]
+    return np.concatenate([labels, *rows])
+
+
+def _shared_with(graph: ChannelGraph, target: Target) -> str:
     """The layer under whose name the graph has this one's weight, if that is another."""
-    path, weight = _weight_path(name), _weight(graph, name)
+    path, weight = target.parameters[0], _weights(graph, target)[0]
     leaves = graph.trace.leaves
     owners = (other for other in leaves if leaves[other].meta["tensor"] is weight)
     owner = path if path in leaves else next(owners, path)
     return "" if owner == path else owner.removesuffix(".weight")
 
 
-def _coupled_besides(graph: ChannelGraph, name: str, targets: set[str]) -> list[str]:
+def _coupled_besides(graph: ChannelGraph, target: Target, targets: set[str]) -> list[str]:
     """What a layer (or a norm) is coupled with of its kind that is no target."""
-    own = _weight_path(name) in graph.layers
+    own = target.parameters[0] in graph.layers
     found = []
-    for other in graph.coupled(name):
-        units = graph.layers.get(_weight_path(other))
+    for other in graph.coupled(target.name):
+        path = other if other in graph.layers else f"{other}.weight"
+        units = graph.layers.get(path)
         of_its_kind = own == (units is not None) and not (units is not None and units.follows)
-        if of_its_kind and _weight_path(other) not in targets:
+        if of_its_kind and path not in targets:
             found.append(other)
     return found
 

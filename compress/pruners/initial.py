@@ -39,11 +39,12 @@ class InitialPruner(MeasuringPruner):
         weights = self._weights()
         with requiring_gradients(weights.values()):
             found = self._tensors(weights)
-        self._refuse_unused([name for name in weights if name not in found])
-        self._found = found
+        tensors = self._by_layer(found)
+        self._refuse_unused(tensors)
+        self._found = tensors
 
     def _tensors(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """The gradient of the batches' losses together, for each weight that they depend on."""
+        """The gradient of the batches' losses together, by path of the weights that it has."""
         total: dict[str, Tensor] = {}
 
         def add() -> None:
@@ -144,7 +145,7 @@ class GraSPPruner(InitialPruner, WeightPruner):
         return super()._lacking(graph=True)
 
     def _tensors(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Hg, for each weight that the batches' losses depend on."""
+        """Hg, by path of the weights that the batches' losses depend on."""
         with self.data.measuring(self.model, at_start=True), self._tempered():
             batches = list(self.data.batches(self.training_batches, device_of(self.model)))
             with (

@@ -14,6 +14,7 @@ from compress.allocate import expand_filters
 from compress.masks import raw_parameter
 from compress.pruners.base import Layer, foreign_layers
 from compress.pruners.blocks import BlockPruner, PatternPruner
+from compress.pruners.parts import COMPOUND, Part, row_parts, weight_parts
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WITH_FILTERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
@@ -22,7 +23,8 @@ _WITH_FILTERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
 class WeightPruner(PatternPruner):
     """Masks single weights; biases are left alone. A subclass is a score.
 
-    Supports convolutions, transposed convolutions, Linear, Bilinear and embeddings. It has no
+    Supports convolutions, transposed convolutions, Linear, Bilinear, embeddings, and, where an
+    entry names them, each weight of recurrent modules and of MultiheadAttention. It has no
     ``round_to``, ``min_channels`` or dependency-aware mode, as it masks no channels. Patterns
     (rows, blocks, N:M) are those of `PatternPruner`.
     """
@@ -33,14 +35,20 @@ class WeightPruner(PatternPruner):
         nn.Embedding,
         nn.EmbeddingBag,
     )
+    optional_types: ClassVar[tuple[type[nn.Module], ...]] = COMPOUND
     granularity: ClassVar[str] = "single weights"
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> Sequence[Part]:
+        return weight_parts(module)
 
     @classmethod
     def by_unit(cls, layer: Layer, values: Tensor) -> Tensor:
         return values.reshape(-1, 1)
 
     def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
-        return {"weight": keep.reshape(layer.weight.shape)}
+        (name,) = layer.part.weights
+        return {name: keep.reshape(layer.weight.shape)}
 
 
 class LevelPruner(WeightPruner):
@@ -76,14 +84,20 @@ class ChannelPruner(BlockPruner):
     """Masks whole filters: the weights that make an output channel, and its bias.
 
     Supports convolutions and transposed convolutions, grouped ones too, Linear, transformers'
-    Conv1D, and, where an entry names it, Embedding (its features, which with
-    ``mode="dependency_aware"`` is how the width of a language model's residual stream shrinks).
+    Conv1D. Where an entry names them, other units go just so: the features of an Embedding (with
+    ``mode="dependency_aware"`` this is how the width of a language model's residual stream
+    shrinks), the hidden units of LSTM, GRU, RNN and their cells with the rows of all gates, the
+    heads of MultiheadAttention with their queries, keys and values (`compress.pruners.parts`).
     Blocks and heads are those of `BlockPruner`. A subclass is a score.
     """
 
     supported_types: ClassVar[tuple[type[nn.Module], ...]] = _WITH_FILTERS
-    optional_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
+    optional_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding, *COMPOUND)
     granularity: ClassVar[str] = "whole filters"
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> Sequence[Part]:
+        return row_parts(module)
 
     @classmethod
     def unit_axis(cls, module: nn.Module) -> int:
@@ -94,6 +108,8 @@ class ChannelPruner(BlockPruner):
         return criteria.filters(values, *filter_axis(layer.module))
 
     def expand(self, layer: Layer, keep: Tensor) -> dict[str, Tensor]:
+        if layer.part.units is not None:
+            return layer.part.masks(layer.module, keep)
         masks = {"weight": expand_filters(keep, layer.weight, *filter_axis(layer.module))}
         if raw_parameter(layer.module, "bias") is not None:
             masks["bias"] = keep

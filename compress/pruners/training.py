@@ -152,8 +152,9 @@ class MovementPruner(TrainingPruner, WeightPruner):
         self._trained = self._weights()
         self._sums: dict[str, Tensor] = {}
         super()._train()
-        self._refuse_unused([name for name in self._trained if name not in self._sums])
-        self._scores = self._sums
+        scores = self._by_layer(self._sums)
+        self._refuse_unused(scores)
+        self._scores = scores
 
     def _before_step(self) -> None:
         with torch.no_grad():

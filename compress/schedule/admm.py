@@ -75,8 +75,8 @@ class ADMMPruner(ResumablePruner):
         config = resolve_scheduled(model, config_list, kind, OneShot, 1, {})
         given = base_arguments(kind, pruning_params, evaluator, dummy_input)
         self._remask_with(Remasker(model, config, kind, given), config_list)
-        self._targets: dict[str, Tensor] = {}  # Z by layer
-        self._duals: dict[str, Tensor] = {}  # U by layer
+        self._targets: dict[str, Tensor] = {}  # Z by path of the weight
+        self._duals: dict[str, Tensor] = {}  # U by path of the weight
 
     def compress(self) -> tuple[nn.Module, Masks]:
         """Train, then mask the model, in place.
@@ -126,27 +126,28 @@ class ADMMPruner(ResumablePruner):
             self._duals[name] += weight.detach() - self._targets[name]
 
     def _projected(self) -> dict[str, Tensor]:
-        """Π(W + U) of each layer."""
+        """Π(W + U) of each weight."""
         weights = self._weights()
         kept = {name: weight.detach().clone() for name, weight in weights.items()}
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.add_(self._duals[name])
             try:
-                masks = self._remasker.final()
-                return {n: w.masked_fill(~masks[n]["weight"].to(w.device), 0)
-                        for n, w in weights.items()}  # fmt: skip
+                masks = self._remasker.final().flat()
+                return {n: w.masked_fill(~masks[n].to(w.device), 0) for n, w in weights.items()}
             finally:
                 for name, weight in weights.items():
                     weight.copy_(kept[name])
 
     def _weights(self) -> dict[str, nn.Parameter]:
+        """Of all targets, by path."""
         modules = dict(self.model.named_modules())
         found = {}
         for target in self._remasker.config.targets:
-            weight = raw_parameter(modules[target.name], "weight")
-            assert weight is not None, f"{target.name} was checked by resolve"
-            found[target.name] = weight
+            for path, name in zip(target.parameters, target.weights, strict=True):
+                weight = raw_parameter(modules[target.modules[0]], name)
+                assert weight is not None, f"{path} was checked by resolve"
+                found[path] = weight
         return found
 
     def _contents(self) -> dict[str, Any]:

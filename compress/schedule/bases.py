@@ -11,7 +11,7 @@ from torch import nn
 from compress.distributed import broadcast_masks
 from compress.errors import ConfigError, closest
 from compress.evaluator import Evaluator
-from compress.masks import Masks, applied_masks, raw_parameter, suspend_masks
+from compress.masks import Masks, applied_masks, suspend_masks
 from compress.pruners import (
     ActivationAPoZRankFilterPruner,
     ActivationMeanRankFilterPruner,
@@ -22,7 +22,7 @@ from compress.pruners import (
     SlimPruner,
     TaylorFOWeightFilterPruner,
 )
-from compress.pruners.base import Layer, Pruner
+from compress.pruners.base import Pruner
 from compress.pruners.data import DataPruner
 from compress.schedule.entries import Extent, ScheduledConfig, plain_config
 
@@ -168,12 +168,8 @@ class Remasker:
 
     def _sizes(self) -> list[tuple[str, int, int]]:
         """Name, units and weights per unit of each target."""
-        modules = dict(self.model.named_modules())
         found = []
         for target in self.config.targets:
-            module = modules[target.name]
-            weight = raw_parameter(module, "weight")
-            assert weight is not None, f"{target.name} was checked by resolve"
-            rows = self.kind.by_unit(Layer(target.name, module, weight), weight)
-            found.append((target.name, *rows.shape))
+            layer = self.kind.layer(self.model, target)
+            found.append((target.name, *self.kind.by_unit(layer, layer.weight).shape))
         return found

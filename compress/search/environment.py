@@ -147,10 +147,13 @@ class Environment:
         coupling = self._subject.space.coupling
         assert coupling is not None, "a pruner of single weights saves no FLOPs"
         sources = _sources(coupling.graph)
+        targets = {target.name: target for target in self._subject.space.targets}
         names: dict[str, int] = {}
         rows = []
         for number, group in enumerate(self.groups):
-            kind, layer = _layer(coupling.graph.modules[group.name], sources.get(group.name))
+            target = targets[group.name]
+            module = coupling.graph.modules[target.modules[0]]
+            kind, layer = _layer(module, target.weights[0], sources.get(group.name))
             kind_number = names.setdefault(kind, len(names))
             alone = self._saved({}, {group.name: self._top[group.name]})
             rows.append((number, kind_number, group.units, *layer, alone))
@@ -175,10 +178,10 @@ def _sources(graph: ChannelGraph) -> dict[str, _Source]:
     return found
 
 
-def _layer(module: nn.Module, source: _Source | None) -> tuple[str, tuple[float, ...]]:
+def _layer(module: nn.Module, name: str, source: _Source | None) -> tuple[str, tuple[float, ...]]:
     """The kind of a layer, and its c, h, w, stride and k."""
     kind, places = source or ("", ())
-    weight = raw_parameter(module, "weight")
+    weight = raw_parameter(module, name)
     assert weight is not None, "the config_list was checked"
     inputs, kernel = weight.numel() // len(weight) // math.prod(weight.shape[2:]), weight.shape[2:]
     strides = getattr(module, "stride", 1)

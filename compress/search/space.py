@@ -12,7 +12,7 @@ from torch import nn
 from compress.allocate import prune_count
 from compress.config import Target, Targets
 from compress.errors import ConfigError
-from compress.masks import Masks, raw_parameter
+from compress.masks import Masks
 from compress.pruners.base import Pruner, ScoredAtoms
 from compress.pruners.dependency import Coupling
 
@@ -149,10 +149,11 @@ class SearchSpace:
     def config_list(self, sparsities: Sparsities) -> list[dict[str, Any]]:
         """The same for a one-shot pruner: an entry for each group of which anything goes."""
         modules = dict(self._model.named_modules())
+        kinds = {t.name: type(modules[t.modules[0]]).__name__ for t in self.targets}
         return [
             {
                 "sparsity": sparsities[group.name],
-                "op_types": sorted({type(modules[name]).__name__ for name in group.layers}),
+                "op_types": sorted({kinds[name] for name in group.layers}),
                 "op_names": list(group.layers),
             }
             for group in self.groups
@@ -180,13 +181,7 @@ class SearchSpace:
 
 def _weights(pruner: Pruner) -> dict[str, int]:
     """Of each target."""
-    modules = dict(pruner.model.named_modules())
-    found = {}
-    for target in pruner.targets:
-        weight = raw_parameter(modules[target.name], "weight")
-        assert weight is not None, f"{target.name} was checked by resolve"
-        found[target.name] = weight.numel()
-    return found
+    return {one.name: pruner.layer(pruner.model, one).weight.numel() for one in pruner.targets}
 
 
 def _of_weights(target: Target, weights: int) -> SearchGroup:

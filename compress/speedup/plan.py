@@ -179,6 +179,7 @@ class PlanBuilder:
         self.numbers: dict[fx.Node, dict[float, float]] = {}  # by call: old and new
         self.counts = False  # whether the code must be seen to count a number anew
         self._attributes: dict[tuple[str, str], Attribute] = {}
+        self._settled: set[tuple[str, str]] = set()
         self._shared: dict[bytes, np.ndarray] = {}
         self._of_labels: dict[int, np.ndarray | None] = {}
         for path, node in self.graph.trace.leaves.items():
@@ -288,9 +289,10 @@ class PlanBuilder:
             self.unset.append(call.node)  # a number in the user's code, or two wishes for one
 
     def add_attributes(self, attributes: Iterable[Attribute]) -> None:
-        """Set further attributes, where no rule has set them."""
+        """Set further attributes, where no rule has set them, and no module knows them better."""
         for attribute in attributes:
-            self._attributes.setdefault((attribute.module, attribute.name), attribute)
+            if (attribute.module, attribute.name) not in self._settled:
+                self._attributes.setdefault((attribute.module, attribute.name), attribute)
         self.plan.attributes = list(self._attributes.values())
 
     # -- the sizes that torch's own modules show -------------------------------------------
@@ -323,5 +325,6 @@ class PlanBuilder:
                 self.plan.replacements.append(replacement)
             for name, new in attention_sizes(module, cuts) if cuts else ():
                 old = getattr(module, name)
+                self._settled.add((path, name))  # the width of its output may equal that of heads
                 if old != new:
                     self._attributes[path, name] = Attribute(path, name, old, new)
