@@ -22,7 +22,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from compress.graph.jumps import Jump, Jumps
+from compress.graph.jumps import Jump, Jumps, Settled
 from compress.graph.values import memory_of
 from compress.graph.watch import Watch, shapes_in, tensors_in
 
@@ -89,11 +89,18 @@ class Trace:
 
 
 class Recorder(Watch):
-    """Turn the torch functions of a run into the nodes of an fx graph."""
+    """Turn the torch functions of a run into the nodes of an fx graph.
 
-    def __init__(self, on_meta: bool, jumps: Jumps | None = None) -> None:
+    ``training``: whether a run in train mode is to follow; None: if eval mode does not reach all
+    parameters. ``broken`` is the error that ended it.
+    """
+
+    def __init__(
+        self, on_meta: bool, jumps: Jumps | Settled | None = None, training: bool | None = None
+    ) -> None:
         super().__init__(on_meta, jumps)
-        self.jumps: Jumps | None = jumps
+        self.broken: Exception | None = None
+        self._training = training
         self.graph = fx.Graph()
         self.leaves: dict[str, fx.Node] = {}
         self.outputs: list[fx.Node] = []
@@ -232,12 +239,14 @@ class Recorder(Watch):
 
     def wants_training(self) -> bool:
         """Whether parameters were not reached in eval mode: those of auxiliary heads, say."""
-        self._evaluated = self._length() if self._parameters - self.leaves.keys() else None
-        return self._evaluated is not None
+        if self._training is None:
+            self._training = bool(self._parameters - self.leaves.keys())
+        self._evaluated = self._length() if self._training else None
+        return self._training
 
     def broke_off(self, error: Exception) -> None:
         """A head is too deep for this input, say: what nothing has used yet is an output."""
-        self.partial = True
+        self.partial, self.broken = True, error
         used = set(self.outputs)
         for node in self.graph.nodes:
             if node.op == "call_function" and not node.users and node not in used:
@@ -253,7 +262,7 @@ class Recorder(Watch):
             self.graph.erase_node(node)
         del self.outputs[before.outputs :], self.effects[before.effects :]
         del self.size_reads[before.size_reads :]
-        if self.jumps is not None:
+        if isinstance(self.jumps, Jumps):
             del self.jumps.calls[before.jumps :]
         self.complete, self.partial = before.complete, False
         return False
@@ -272,13 +281,13 @@ class Recorder(Watch):
             training=training,
             partial=self.partial,
             complete=self.complete,
-            jumps=[] if self.jumps is None else self.jumps.calls,
+            jumps=self.jumps.calls if isinstance(self.jumps, Jumps) else [],
         )
 
     def _length(self) -> _Length:
         return _Length(
             len(self.graph.nodes), len(self.leaves), len(self.outputs), len(self.effects),
-            len(self.size_reads), 0 if self.jumps is None else len(self.jumps.calls),
+            len(self.size_reads), len(self.jumps.calls) if isinstance(self.jumps, Jumps) else 0,
             self.complete,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Run the shrunk model and hold each call against the plan: does its own code count as expected?
+"""Run the shrunk model once more on the recorder: does its own code count as the plan expects?
 
 A forward may take sizes from its inputs (they follow), from attributes (they are set) or from
 literals in the source (the channels they count must stay). The re-run tells which.
@@ -6,7 +6,8 @@ literals in the source (the channels they count must stay). The re-run tells whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,22 +15,27 @@ from torch import Tensor, fx, nn
 
 from compress.graph.jumps import Settled
 from compress.graph.run import run_watched
+from compress.graph.trace import Recorder
 from compress.graph.watch import Watch, shapes_in
 from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
+
+# Nodes of a trace that are no calls of the user's code.
+_PARTS = frozenset(["getitem_output", "stale_alias"])
 
 Numbers = Mapping[fx.Node, Mapping[float, float]]
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first call at which the re-run leaves the plan, and how.
+    """The first call (the ``index``-th) at which the re-run leaves the plan, and how.
 
     ``numbers``: the numbers among its arguments that are others now, by what they were. ``shape``:
     that of what it gave; None where it gave nothing.
     """
 
     node: fx.Node
+    index: int
     got: str
     numbers: dict[float, float] = field(default_factory=dict)
     shape: Any = None
@@ -70,36 +76,54 @@ def replay(
 
     ``numbers``: those that the plan changes, by the call that computes with them.
     """
-    held = _Held(decision, numbers)
-    error = ""
-    try:
+    graph, held = decision.graph, _Held(decision, numbers)
+    with suppress(Exception):
         run_watched(model, dummy_input, held)
-    except Exception as caught:
-        error = _in_a_line(caught)
-    return held.mismatch or held.at_the_end(error)
+        if held.all_follow():
+            return None  # nearly always: else a second graph tells what is wrong
+    recorder = Recorder(graph.trace.on_meta, _settled(decision), graph.trace.training)
+    caught: Exception | None = None
+    try:
+        run_watched(model, dummy_input, recorder)
+        caught = recorder.broken
+    except Exception as broken:
+        caught = broken
+    error = "" if caught is None else f"{type(caught).__name__}: {caught}".splitlines()[0]
+    calls, again = _calls(graph.trace.nodes), _calls(recorder.graph.nodes)
+    for index, (before, after) in enumerate(zip(calls, again, strict=False)):
+        got = _difference(decision, numbers, before, after)
+        if got:
+            changed = _changed_numbers(before, after, numbers)
+            return Mismatch(before, index, got, changed, after.meta["shape"])
+    if (error and not graph.trace.partial) or len(again) != len(calls):
+        index = min(len(again), len(calls) - 1)
+        return Mismatch(calls[index], index, error or "it takes another path")
+    return None
+
+
+def _settled(decision: Decision) -> Settled | None:
+    """The jumps of the masked model, for a run on real tensors."""
+    trace = decision.graph.trace
+    if trace.on_meta:
+        return None
+    exact = decision.knowledge.constants == "exact"
+    return Settled(trace.jumps, None if exact else float("inf"))
 
 
 class _Left(Exception):
-    """The run has left the plan: what comes after does not count."""
+    """The run has left the plan."""
 
 
 class _Held(Watch):
-    """Hold each call of a run against the one that was recorded before the cut."""
+    """Hold each call of a run against the one that was recorded before the cut, with no graph."""
 
     def __init__(self, decision: Decision, numbers: Numbers) -> None:
-        trace = decision.graph.trace
-        jumps = None
-        if not trace.on_meta:
-            exact = decision.knowledge.constants == "exact"
-            jumps = Settled(trace.jumps, None if exact else float("inf"))
-        super().__init__(trace.on_meta, jumps)
-        self.mismatch: Mismatch | None = None
-        self._trace = trace
+        self._trace = decision.graph.trace
+        super().__init__(self._trace.on_meta, _settled(decision))
         self._decision = decision
         self._numbers = numbers
-        self._calls = [node for node in trace.nodes if _is_call(node)]
-        self._done = 0
-        self._error = ""
+        self._ahead = iter([n for n in _calls(self._trace.nodes) if n.meta["name"] not in _PARTS])
+        self._left = False
 
     def made(self, name: str, func: Any, given: Any, result: Tensor) -> None:
         self._hold(name, given, tuple(result.shape))
@@ -117,73 +141,68 @@ class _Held(Watch):
         return self._trace.training
 
     def broke_off(self, error: Exception) -> None:
-        self._error = _in_a_line(error)
+        self._left |= not self._trace.partial
 
     def _hold(self, name: str, given: Any, shape: Any) -> None:
-        if self.mismatch is not None or rule_for(name).vanishes:
+        if rule_for(name).vanishes:
             return
-        if self._done == len(self._calls):
-            raise self._left(self._calls[-1], "it takes another path")
-        before = self._calls[self._done]
-        got = self._difference(before, name, given, shape)
-        if got:
-            changed = _changed_numbers(before, given, self._numbers)
-            raise self._left(before, got, changed, shape)
-        self._done += 1
+        before = next(self._ahead, None)
+        if before is None or self._differs(before, name, given, shape):
+            self._left = True  # the user's code may catch the error
+            raise _Left
 
-    def _left(self, *found: Any) -> _Left:
-        self.mismatch = Mismatch(*found)
-        return _Left(self.mismatch.got)
-
-    def at_the_end(self, error: str) -> Mismatch | None:
-        """What is wrong with a run in which no call was; ``error`` is what ended it."""
-        error = error or self._error
-        if (error and not self._trace.partial) or self._done < len(self._calls):
-            node = self._calls[min(self._done, len(self._calls) - 1)]
-            return Mismatch(node, error or "it takes another path")
-        return None
-
-    def _difference(self, before: fx.Node, name: str, given: Any, shape: Any) -> str:
-        if before.meta["name"] != name:
-            return f"it calls {name} instead of {before.meta['name']}"
-        expected = expected_shape(self._decision, before)
-        if expected != shape:
-            return f"{name} gives {shape} instead of {expected}"
+    def _differs(self, before: fx.Node, name: str, given: Any, shape: Any) -> bool:
+        """Whether a call is another one, or one that takes a closer look."""
+        if before.meta["name"] != name or expected_shape(self._decision, before) != shape:
+            return True
         call, rule = Call(before), rule_for(name)
         if rule.sized(call) or rule.makes(call):
-            return ""  # its numbers are sizes and groups, which the shapes tell
-        old, new = _numbers((before.args, before.kwargs)), _numbers(given)
-        if old == new and before not in self._numbers:
-            return ""
-        if _changed_numbers(before, given, self._numbers) or len(old) != len(new):
-            return f"{name} computes with another number"
-        return ""
+            return False
+        same = _numbers((before.args, before.kwargs)) == _numbers(given)
+        return not same or before in self._numbers
+
+    def all_follow(self) -> bool:
+        return not self._left and next(self._ahead, None) is None
 
 
-def _is_call(node: fx.Node) -> bool:
-    """Whether a node is a call of the user's code, and one that a run on its plan repeats."""
-    if node.op != "call_function" or node.meta["name"] in ("getitem_output", "stale_alias"):
-        return False
-    return not rule_for(node.meta["name"]).vanishes
+def _calls(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    calls = (node for node in nodes if node.op == "call_function")
+    return [node for node in calls if not rule_for(node.meta["name"]).vanishes]
 
 
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _difference(decision: Decision, numbers: Numbers, before: fx.Node, after: fx.Node) -> str:
+    if before.meta["name"] != after.meta["name"]:
+        return f"it calls {after.meta['name']} instead of {before.meta['name']}"
+    expected, got = expected_shape(decision, before), after.meta["shape"]
+    if expected != got:
+        return f"{before.meta['name']} gives {got} instead of {expected}"
+    call, rule = Call(before), rule_for(before.meta["name"])
+    if rule.sized(call) or rule.makes(call):
+        return ""  # its numbers are sizes and groups, which the shapes tell
+    if _changed_numbers(before, after, numbers) or len(_numbers_of(before)) != len(
+        _numbers_of(after)
+    ):
+        return f"{before.meta['name']} computes with another number"
+    return ""
 
 
-def _changed_numbers(before: fx.Node, given: Any, planned: Numbers) -> dict[float, float]:
+def _changed_numbers(before: fx.Node, after: fx.Node, planned: Numbers) -> dict[float, float]:
     """The numbers of a call that are others now, though the plan does not set them."""
     allowed = planned.get(before, {})
-    pairs = zip(_numbers((before.args, before.kwargs)), _numbers(given), strict=False)
+    pairs = zip(_numbers_of(before), _numbers_of(after), strict=False)
     return {old: new for old, new in pairs if allowed.get(old, old) != new}
 
 
-def _numbers(value: Any) -> list[float]:
+def _numbers(arguments: Any) -> list[float]:
     """The numbers among the arguments of a call, in order; slices are sizes."""
-    if isinstance(value, (int, float)):
-        return [value]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
+    if isinstance(arguments, (int, float)):
+        return [arguments]
+    if isinstance(arguments, Mapping):
+        arguments = arguments.values()
+    elif not isinstance(arguments, (tuple, list)):
         return []
-    return [number for each in value for number in _numbers(each)]
+    return [number for each in arguments for number in _numbers(each)]
+
+
+def _numbers_of(node: fx.Node) -> list[float]:
+    return _numbers((node.args, node.kwargs))
