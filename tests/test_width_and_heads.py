@@ -163,3 +163,32 @@ def test_head_dims_go_where_the_scale_is_an_attribute() -> None:
     }
     check_exact(model, x, masks, trains=False)
     assert model.q.weight.shape == (16, 12)
+
+
+class NormedHeads(nn.Module):
+    """Queries, keys and values normalised within their head, with a weight or without."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 3 * 32), nn.Linear(32, 6)
+        self.q_norm = nn.LayerNorm(8, elementwise_affine=affine)
+        self.k_norm = nn.RMSNorm(8, elementwise_affine=affine)
+        self.v_norm = nn.RMSNorm(8, elementwise_affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, 8)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), self.v_norm(v))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_head_goes_that_is_normalised_by_itself(affine: bool) -> None:
+    torch.manual_seed(0)
+    model = NormedHeads(affine).double()
+    randomise(model)
+    keep = torch.ones(3, 4, 8, dtype=torch.bool)
+    keep[:, [0, 2]] = False
+    keep = keep.reshape(-1)
+    masks = {"qkv": {"weight": keep[:, None].expand(96, 12).clone(), "bias": keep}}
+    check_exact(model, torch.rand(2, 5, 12, dtype=torch.float64), masks, trains=False)
+    assert model.qkv.out_features == 48
