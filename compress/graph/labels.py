@@ -60,12 +60,14 @@ class EqualParts:
     """The same number of positions must be kept in every part (``chunk``, a grouped convolution).
 
     ``parts`` is (number of parts, positions). With ``partners`` (the parts of another axis, which
-    go along), a part of which everything goes on both sides may disappear as a whole.
+    go along), a part of which everything goes on both sides may disappear as a whole. ``reason``
+    says why a position stays on their account: a clause that the place of ``node`` completes.
     """
 
     parts: np.ndarray
     node: fx.Node
     partners: np.ndarray | None = None
+    reason: str = "evens out the parts at"
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from compress.speedup.replay import Mismatch, expected_shape
 PartsOf = Callable[[fx.Node, fx.Node, int], "Labels | None"]
 
 _REASON = "has its size as a number in the code"
+_COUNTED = "is counted together with other units at"
 
 
 class Follower:
@@ -215,7 +216,8 @@ class Follower:
             fixed = self.graph.space.tie(left, right, other, _REASON)
             assert fixed is None
             return self.graph.renew()
-        self.graph.space.equal_parts.append(EqualParts(np.stack([left, right]), other))
+        parts = np.stack([left, right])
+        self.graph.space.equal_parts.append(EqualParts(parts, other, reason=_COUNTED))
         return True
 
     def _equalise_all(self, node: fx.Node, parts_of: PartsOf) -> bool:
@@ -240,8 +242,8 @@ class Follower:
                     continue
                 self._coupled.add(key)
                 if (self.graph.root[one] != self.graph.root[parts]).any():
-                    both = EqualParts(np.concatenate([one[None], parts]), node)
-                    self.graph.space.equal_parts.append(both)
+                    parts = np.concatenate([one[None], parts])
+                    self.graph.space.equal_parts.append(EqualParts(parts, node, reason=_COUNTED))
                     return True
         return False
 
