@@ -270,7 +270,7 @@ class Decision:
         return ""
 
     def _is_cell(self, label: int) -> bool:
-        return self._reasons[self._blame[self.root[label]]][0] == _CELL
+        return bool(self._reasons[self._blame[self.root[label]]][0] == _CELL)
 
     def _cell_reason(self, label: int, depth: int) -> str:
         """Which kept cell of a row or column keeps it, if not one that it keeps itself."""
