@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from compress.graph.channels import ChannelGraph
     from compress.pruners.dependency import Coupling
 
+MOST_TRIALS = 4  # choices of what goes; each but the last is tried on the model
 MODES = ("normal", "global", "dependency_aware", "isomorphic")
 
 
@@ -379,9 +380,7 @@ class Pruner(MaskedModel, ABC):
     ) -> tuple[dict[str, Tensor], Masks]:
         """A keep vector for every target, and masks of other parameters that follow from them."""
         if self.runs_the_model:
-            coupling = self._coupling(scores)
-            gone = coupling.choose()
-            return coupling.keep(gone), coupling.following(gone)
+            return self._allocate_coupled(layers, scores)
         keep = allocate.per_layer(
             scores,
             {one.name: one.sparsity for one in self.targets if one.sparsity is not None},
@@ -391,6 +390,22 @@ class Pruner(MaskedModel, ABC):
             members = [one for one in self.targets if one.group == number]
             keep |= self._allocate_group(members, layers, scores, group.sparsity)
         return keep, Masks()
+
+    def _allocate_coupled(
+        self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Masks]:
+        """What goes together, chosen anew while a cut on trial shows that some of it cannot go."""
+        coupling, before = self._coupling(scores), self._masks_before()
+        for left in reversed(range(MOST_TRIALS)):
+            gone = coupling.choose()
+            keep, extra = coupling.keep(gone), coupling.following(gone)
+            masks = self._masks_of(layers, keep, extra, before)
+            with suspend_masks(self.model):
+                if not left or not coupling.learns(self.model, self.dummy_input, masks):
+                    break
+            coupling = self._coupling(scores, coupling.graph)
+        coupling.warn_of_untouched(gone)
+        return keep, extra
 
     def _allocate_group(
         self,

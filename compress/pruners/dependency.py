@@ -24,7 +24,11 @@ from compress.config import Target, Targets
 from compress.graph.channels import ChannelGraph
 from compress.graph.labels import Axes, joined
 from compress.masks import Masks
+from compress.pruners.oneshot import filter_axis
 from compress.pruners.structure import head_grids, join_blocks_of, structure_classes
+from compress.speedup.cut import Cutter, Options
+from compress.speedup.decide import Limits
+from compress.speedup.surgery import by_leaf
 
 
 @dataclass
@@ -107,7 +111,7 @@ class Coupling:
 
         No layer loses more than its sparsity allows, so that coupled layers with different
         sparsities lose what the smallest allows. A layer of which nothing can go (the model's
-        output) is left alone, with a warning.
+        output) is left alone: see `warn_of_untouched`.
 
         Args:
             sparsities: by layer, in the place of those of the config_list; a layer that is not
@@ -117,11 +121,11 @@ class Coupling:
             layers = self._sharing_atoms(sparsities)
             budgets = [x.budget(sparsities.get(x.name, 0.0), self.min_channels) for x in layers]
             return _choose(layers, budgets, self.fixed, {}, self._classes)
-        budgets = [x.budget(x.sparsity, self.min_channels) for x in self.layers]
         shares = _shares(self.layers, self.targets, self._classes)
-        gone = _choose(self.layers, budgets, self.fixed, shares, self._classes)
-        self._warn_of_untouched(budgets, gone)
-        return gone
+        return _choose(self.layers, self._budgets(), self.fixed, shares, self._classes)
+
+    def _budgets(self) -> list[int]:
+        return [x.budget(x.sparsity, self.min_channels) for x in self.layers]
 
     def ranked(self, names: Collection[str]) -> tuple[np.ndarray, dict[str, int]] | None:
         """The atoms of some layers that may go, in the order in which `choose` takes them.
@@ -163,15 +167,47 @@ class Coupling:
         """The masks of all other parameters along what goes."""
         return _following_masks(self.graph, self.roots, gone, _target_paths(self.targets))
 
-    def _warn_of_untouched(self, budgets: list[int], gone: np.ndarray) -> None:
+    def learns(self, model: nn.Module, dummy_input: Any, masks: Masks) -> bool:
+        """Whether a cut under some masks, which is undone, teaches the graph anything.
+
+        What the model's own code cannot follow, that is: a size that it has as a number, two that
+        it counts with one attribute. What goes together is to be asked anew then.
+        """
+        options = Options("exact", Limits(1, 1), True)
+        before = self.graph.experience()
+        Cutter(model, dummy_input, by_leaf(model, masks), options, self.graph).cut(True).undo()
+        return self.graph.experience() != before
+
+    def warn_of_untouched(self, gone: np.ndarray) -> None:
+        """Warn of each layer of which nothing goes, with the reason."""
         # Under a total sparsity a layer may be left alone because others are worth less.
-        for layer, budget in zip(self.layers, budgets, strict=True):
+        for layer, budget in zip(self.layers, self._budgets(), strict=True):
             able = layer.group is None or self.fixed[layer.roots].all()
             if able and budget > 0 and not gone[layer.roots].any():
-                reason = _why_untouched(self.graph, layer.name, _target_paths(self.targets))
+                reason = self._why_untouched(layer)
                 warnings.warn(
-                    f"the pruner masks nothing of {layer.name!r}: it {reason}", stacklevel=2
+                    f"the pruner masks nothing of {layer.name!r}: it {reason}", stacklevel=3
                 )
+
+    def _why_untouched(self, layer: _Layer) -> str:
+        graph, name = self.graph, layer.name
+        labels = _units(graph, name)
+        if shared := _shared_with(graph, name):
+            return f"shares its weight with {shared!r}, which decides about both"
+        if not labels.any():
+            return "runs in no way that the graph knows"
+        held = graph.root == graph.root[0]
+        if held[labels].any():
+            return graph.pin_reason(int(labels[held[labels]][0]))
+        if others := _coupled_besides(graph, name, _target_paths(self.targets)):
+            return (
+                f"is coupled with {', '.join(map(repr, others))}, not to be pruned: select those, "
+                "too, if they may shrink with it"
+            )
+        held &= (graph.nearest_pin >= 0) & np.isin(self.roots, layer.roots)
+        if held.any():
+            return f"is coupled with a unit that {graph.pin_reason(int(np.flatnonzero(held)[0]))}"
+        return "is coupled with a layer that is not to be pruned, or in too large steps"
 
 
 def _layer(
@@ -197,7 +233,8 @@ def _layer(
 def _units(graph: ChannelGraph, name: str, units: int | None = None) -> np.ndarray:
     """The labels of a layer's output units, or of a norm's channels.
 
-    Zeros where the run did not use it as such, or with another number of ``units``.
+    Of a layer that was not called, but whose weight the model's own code uses: those along the axis
+    that its units would have. Zeros where none ran, or with another number of ``units``.
     """
     path = _weight_path(name)
     found = graph.layers.get(path)
@@ -205,8 +242,9 @@ def _units(graph: ChannelGraph, name: str, units: int | None = None) -> np.ndarr
         labels: np.ndarray | None = found.labels
     else:
         leaf = graph.trace.leaves.get(path)
-        axes: Axes = () if leaf is None else graph.axes[leaf]
-        labels = axes[0] if len(axes) == 1 else None
+        axes: Axes = (None,) if leaf is None else graph.axes[leaf]
+        axis = filter_axis(graph.model.get_submodule(name))[0] if len(axes) > 1 else 0
+        labels = axes[axis]
     if labels is None or units not in (None, len(labels)):
         return np.zeros(len(_weight(graph, name)) if units is None else units, np.int64)
     return labels
@@ -368,23 +406,6 @@ def _weights_by_share(
             share = group, kind
             weights[share] = weights.get(share, 0) + number * layers[i].weights_per_unit
     return weights
-
-
-def _why_untouched(graph: ChannelGraph, name: str, targets: set[str]) -> str:
-    labels = _units(graph, name)
-    pinned = labels[graph.root[labels] == graph.root[0]]
-    if shared := _shared_with(graph, name):
-        return f"shares its weight with {shared!r}, which decides about both"
-    if not labels.any():
-        return "runs in no way that the graph knows"
-    if len(pinned):
-        return graph.pin_reason(int(pinned[0]))
-    if others := _coupled_besides(graph, name, targets):
-        return (
-            f"is coupled with {', '.join(map(repr, others))}, not to be pruned: select those, too, "
-            "if they may shrink with it"
-        )
-    return "is coupled with a layer that is not to be pruned, or in too large steps"
 
 
 def _shared_with(graph: ChannelGraph, name: str) -> str:
