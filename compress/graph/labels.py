@@ -87,7 +87,8 @@ class Field:
 class LabelSpace:
     """Hands out labels and collects what ties them, pins them and couples their counts.
 
-    ``exact``: statistics over labels pin them; otherwise they only read them.
+    ``exact``: statistics over labels pin them; otherwise they only read them. ``sliced``: the axes
+    of which parts are taken by number.
     """
 
     size: int = 1
@@ -98,6 +99,7 @@ class LabelSpace:
     equal_parts: list[EqualParts] = field(default_factory=list)
     fields: dict[str, Field] = field(default_factory=dict)
     field_uses: dict[str, int] = field(default_factory=dict)
+    sliced: list[Labels] = field(default_factory=list)
     _created: list[tuple[Labels, fx.Node]] = field(default_factory=list)
     _splits: dict[tuple[bytes, int], tuple[Labels, Labels]] = field(default_factory=dict)
     _cells: dict[tuple[bytes, bytes], np.ndarray] = field(default_factory=dict)

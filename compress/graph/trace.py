@@ -155,6 +155,7 @@ class Recorder(TorchFunctionMode):
         # Every tensor by its memory (views, detached ones); ids are unique while tensors live.
         self._sharing: dict[int, list[torch.Tensor]] = {}
         self._written: dict[int, fx.Node] = {}
+        self._parts: dict[int, tuple[torch.Tensor, Any]] = {}  # x[index] that are views, by id
         self._announced: dict[int, tuple[str, torch.Tensor, str]] = {}
 
     # -- leaves ----------------------------------------------------------------------------
@@ -225,6 +226,8 @@ class Recorder(TorchFunctionMode):
         elif isinstance(result, torch.Tensor):
             if result is not target:  # contiguous(), dropout in eval: the same tensor
                 self._register(self._call(name, func, *node_args), result)
+                if name == "getitem" and target is not None and _memory(result) == _memory(target):
+                    self._parts[id(result)] = target, node_args[0][1]
         elif any(True for _ in tensors_in(result)):
             self._register_many(self._call(name, func, *node_args), result)
         elif result is not None and any(isinstance(a, fx.Node) for a in node_args[0]):
@@ -260,10 +263,18 @@ class Recorder(TorchFunctionMode):
                 self.complete = False
 
     def _write(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        """``tensor`` was written in place: now it is ``node``; what shares its memory is stale."""
-        for other in self._sharing.get(_memory(tensor), ()):
-            if other is not tensor:
-                self._written[id(other)] = node
+        """``tensor`` was written in place: now it is ``node``; what shares its memory is stale.
+
+        But if it is ``x[index]`` of a tensor x that is not stale, x was written at that index.
+        """
+        whole, index = self._parts.get(id(tensor), (None, None))
+        if whole is not None and id(whole) not in self._written and id(whole) in self._nodes:
+            written = (self._nodes[id(whole)], index, node)
+            self._write(self._call("setitem", torch.Tensor.__setitem__, written, {}), whole)
+        else:
+            for other in self._sharing.get(_memory(tensor), ()):
+                if other is not tensor:
+                    self._written[id(other)] = node
         self.effects.append(node)
         self._register(node, tensor)
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from compress import allocate
 from compress.config import Target, Targets
 from compress.graph.channels import ChannelGraph
-from compress.graph.labels import Axes, joined
+from compress.graph.labels import Axes, Labels, joined
+from compress.graph.trace import location
 from compress.masks import Masks
 from compress.pruners.oneshot import filter_axis
 from compress.pruners.structure import head_grids, join_blocks_of, structure_classes
@@ -95,7 +96,8 @@ class Coupling:
         steps = {t.name: math.lcm(round_to, blocks.get(t.name, 1)) for t in targets}
         self.layers = [_layer(graph, t, scores[t.name], steps[t.name], isomorphic) for t in targets]
         units = {layer.name: _units(graph, layer.name, len(layer.scores)) for layer in self.layers}
-        roots = join_grids(graph, head_grids(graph) if whole_heads else None)
+        heads = head_grids(graph) if whole_heads else None
+        roots = join_grids(graph, heads)
         roots = join_blocks_of(roots, units, blocks)
         self.roots = _join_equal_parts(graph, roots, self.layers)
         for layer in self.layers:
@@ -104,6 +106,9 @@ class Coupling:
         if isomorphic:
             self._classes = structure_classes(graph, self.roots)
         self.fixed = _unremovable(graph, self.roots, targets)
+        self._by_row = whole_rows(graph, heads)
+        for _, _, stays in self._lines():
+            self.fixed[self.roots[stays]] = True
         self._devices = {name: values.device for name, values in scores.items()}
 
     def choose(self, sparsities: Mapping[str, float] | None = None) -> np.ndarray:
@@ -189,6 +194,11 @@ class Coupling:
                     f"the pruner masks nothing of {layer.name!r}: it {reason}", stacklevel=3
                 )
 
+    def _lines(self) -> Iterator[tuple[fx.Node, str, Labels]]:
+        """Of each grid: where it is, and what stays of it (rows or columns) as the others go."""
+        for grid, rows in zip(self.graph.space.grids, self._by_row, strict=True):
+            yield grid.node, *(("columns", grid.columns) if rows else ("rows", grid.rows))
+
     def _why_untouched(self, layer: _Layer) -> str:
         graph, name = self.graph, layer.name
         labels = _units(graph, name)
@@ -207,6 +217,10 @@ class Coupling:
         held &= (graph.nearest_pin >= 0) & np.isin(self.roots, layer.roots)
         if held.any():
             return f"is coupled with a unit that {graph.pin_reason(int(np.flatnonzero(held)[0]))}"
+        for node, what, stays in self._lines():
+            if np.isin(layer.roots, self.roots[stays]).any():
+                lines = "columns" if what == "rows" else "rows"
+                return f"goes along with {what} at {location(node)}, where {lines} go instead"
         return "is coupled with a layer that is not to be pruned, or in too large steps"
 
 
@@ -282,28 +296,40 @@ def _join_equal_parts(graph: ChannelGraph, root: np.ndarray, layers: list[_Layer
 def join_grids(graph: ChannelGraph, heads_of: list[bool] | None = None) -> np.ndarray:
     """Roots in which a grid loses whole columns (a dim of every head), or else whole rows (heads).
 
-    Rows where columns cannot go (a scale or a rotation counts on the dims), where ``heads_of`` says
-    so of the grid, and where the rows are those of such a grid: the heads of q, k and v.
+    See `whole_rows`.
+    """
+    root = graph.root
+    for grid, rows in zip(graph.space.grids, whole_rows(graph, heads_of), strict=True):
+        lines = grid.rows[:, None] if rows else grid.columns[None, :]
+        lines = np.broadcast_to(lines, grid.cells.shape)
+        root = joined(root, [lines.ravel()], [grid.cells.ravel()])
+    return root
+
+
+def whole_rows(graph: ChannelGraph, heads_of: list[bool] | None = None) -> list[bool]:
+    """For each grid, whether rows go and not columns.
+
+    Rows where columns cannot go (a scale counts on the dims) or are sliced (a rotation, which takes
+    dims from all layers at once), where ``heads_of`` says so of the grid, and where the rows are
+    those of such a grid: the heads of q, k and v.
     """
     root, grids = graph.root, graph.space.grids
-    by_row = [bool((root[g.columns] == 0).any() and (root[g.rows] != 0).any()) for g in grids]
+    tied = np.zeros(len(root), bool)
+    for labels in (np.zeros(1, np.int64), *graph.space.sliced):
+        tied[root[labels]] = True
+    by_row = [bool(tied[root[g.columns]].any() and (root[g.rows] != 0).any()) for g in grids]
     if heads_of is not None:
         by_row = [row or head for row, head in zip(by_row, heads_of, strict=True)]
     heads: set[int] = set()
     while True:
         found = {r for g, rows in zip(grids, by_row, strict=True) if rows for r in root[g.rows]}
         if found <= heads | {0}:
-            break
+            return by_row
         heads |= found - {0}
         by_row = [
             rows or not heads.isdisjoint(root[g.rows])
             for g, rows in zip(grids, by_row, strict=True)
         ]
-    for grid, rows in zip(grids, by_row, strict=True):
-        lines = grid.rows[:, None] if rows else grid.columns[None, :]
-        lines = np.broadcast_to(lines, grid.cells.shape)
-        root = joined(root, [lines.ravel()], [grid.cells.ravel()])
-    return root
 
 
 def _score_by_root(root: np.ndarray, layers: Iterable[_Layer]) -> np.ndarray:

@@ -331,7 +331,8 @@ class Repeat(Rule):
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         given, each = axes(call.first), call.name == "repeat_interleave"
-        regular = isinstance(call.arg(1, "repeats"), int) and call.arg(2, "dim") is not None
+        along = call.arg(2, "dim") is not None or len(given) == 1
+        regular = isinstance(call.arg(1, "repeats"), int) and along
         if each and not regular:
             return OPAQUE.labels(call, axes, space)
         new: list[Axis] = [None] * (len(call.shape) - len(given))

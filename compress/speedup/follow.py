@@ -88,10 +88,11 @@ class Follower:
             return
         if not mismatch.numbers and self._equalise_all(node, self._given):
             return
-        if _pin_sizes(decision, node, reason):
-            for other in self._same_line(node):
-                _pin_sizes(decision, other, reason)
-            return
+        for pin in (_pin_picks, _pin_sizes):
+            if pin(decision, node, reason):
+                for other in self._same_line(node):
+                    pin(decision, other, reason)
+                return
         module = node.meta["module"]
         if mismatch.numbers and _pin_size_reads(decision, module, reason, mismatch.numbers):
             return
@@ -372,6 +373,15 @@ def _pin_size_reads(
                 axes = [i for i in axes if numbers.get(shape[i]) == expected[i]]
             news |= bool(axes) and decision.graph.pin(node, axes, reason)
     return news
+
+
+def _pin_picks(decision: Decision, node: fx.Node, reason: str) -> bool:
+    """Keep the axes of which the code takes positions by number; returns whether that was news."""
+    call = Call(node)
+    for axis in rule_for(call.name).picks(call):
+        labels = decision.graph.axis(call.first, axis)
+        decision.graph.space.pin(labels, node, "is sliced at a fixed position")
+    return decision.graph.renew()
 
 
 def _pin_sizes(decision: Decision, node: fx.Node, reason: str) -> bool:

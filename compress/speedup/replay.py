@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -105,11 +106,28 @@ def _difference(decision: Decision, numbers: Numbers, before: fx.Node, after: fx
     if expected != got:
         return f"{before.meta['name']} gives {got} instead of {expected}"
     call, rule = Call(before), rule_for(before.meta["name"])
+    if not same_picks(decision, before, after):
+        return f"{before.meta['name']} takes other positions"
     if rule.sized(call) or rule.makes(call):
         return ""  # its numbers are sizes and groups, which the shapes tell
     if _changed_numbers(before, after, numbers) or len(_numbers(before)) != len(_numbers(after)):
         return f"{before.meta['name']} computes with another number"
     return ""
+
+
+def same_picks(decision: Decision, before: fx.Node, after: fx.Node) -> bool:
+    """Whether the positions that a call takes by number are what is left of those of before."""
+    rule, call = rule_for(before.meta["name"]), Call(before)
+    picked = rule.picks(call)
+    again = rule.picks(Call(after)) if picked else {}
+    for axis, positions in picked.items():
+        labels = decision.graph.axis(call.first, axis)
+        stays = np.ones(call.first.meta["shape"][axis], bool)
+        stays = stays if labels is None else decision.kept(labels)
+        expected = (np.cumsum(stays) - 1)[positions][stays[positions]]
+        if axis not in again or not np.array_equal(expected, again[axis]):
+            return False
+    return True
 
 
 def _changed_numbers(before: fx.Node, after: fx.Node, planned: Numbers) -> dict[float, float]:
