@@ -60,14 +60,14 @@ class EqualParts:
     """The same number of positions must be kept in every part (``chunk``, a grouped convolution).
 
     ``parts`` is (number of parts, positions). With ``partners`` (the parts of another axis, which
-    go along), a part of which everything goes on both sides may disappear as a whole. ``reason``
-    says why a position stays on their account: a clause that the place of ``node`` completes.
+    go along), a part of which everything goes on both sides may disappear as a whole. ``counted``:
+    it is no part of what the calls do, but the model's code counts both with one number.
     """
 
     parts: np.ndarray
     node: fx.Node
     partners: np.ndarray | None = None
-    reason: str = "evens out the parts at"
+    counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

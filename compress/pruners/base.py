@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compress.graph.channels import ChannelGraph
     from compress.pruners.dependency import Coupling
 
-MOST_TRIALS = 4  # choices of what goes; each but the last is tried on the model
+MOST_TRIALS = 3  # choices of what goes, each of which is tried on the model
 MODES = ("normal", "global", "dependency_aware", "isomorphic")
 
 
@@ -394,16 +394,21 @@ class Pruner(MaskedModel, ABC):
     def _allocate_coupled(
         self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Masks]:
-        """What goes together, chosen anew while a cut on trial shows that some of it cannot go."""
-        coupling, before = self._coupling(scores), self._masks_before()
-        for left in reversed(range(MOST_TRIALS)):
+        """What goes together: chosen anew as long as a cut on trial tells why some of it stays."""
+        coupling, before, most = self._coupling(scores), self._masks_before(), -1
+        for _ in range(MOST_TRIALS):
             gone = coupling.choose()
             keep, extra = coupling.keep(gone), coupling.following(gone)
             masks = self._masks_of(layers, keep, extra, before)
             with suspend_masks(self.model):
-                if not left or not coupling.learns(self.model, self.dummy_input, masks):
-                    break
+                trial = coupling.tried(self.model, self.dummy_input, masks, gone)
+            if trial.removed < most:  # what is counted together can be too much to go at once
+                break
+            most, best = trial.removed, (coupling, gone, keep, extra)
+            if trial.removed == trial.masked or not trial.learned:
+                break
             coupling = self._coupling(scores, coupling.graph)
+        coupling, gone, keep, extra = best
         coupling.warn_of_untouched(gone)
         return keep, extra
 

@@ -56,6 +56,15 @@ class _Layer:
         return units - allocate.keep_count(units, sparsity, self.step, min_channels)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Of units that were masked, how many went, and whether that taught the graph anything."""
+
+    masked: int
+    removed: int
+    learned: bool
+
+
 class Coupling:
     """What of a config_list's layers can only go together, and what each of it is worth.
 
@@ -99,16 +108,16 @@ class Coupling:
         heads = head_grids(graph) if whole_heads else None
         roots = join_grids(graph, heads)
         roots = join_blocks_of(roots, units, blocks)
+        self._by_row = whole_rows(graph, heads)
         self.roots = _join_equal_parts(graph, roots, self.layers)
         for layer in self.layers:
             layer.roots = self.roots[units[layer.name]]
+        self.fixed = _unremovable(graph, self.roots, targets)
+        for _, _, stays in self._lines():
+            self.fixed[self.roots[stays]] = True
         self._classes = np.zeros(len(self.roots), np.int64)
         if isomorphic:
             self._classes = structure_classes(graph, self.roots)
-        self.fixed = _unremovable(graph, self.roots, targets)
-        self._by_row = whole_rows(graph, heads)
-        for _, _, stays in self._lines():
-            self.fixed[self.roots[stays]] = True
         self._devices = {name: values.device for name, values in scores.items()}
 
     def choose(self, sparsities: Mapping[str, float] | None = None) -> np.ndarray:
@@ -172,16 +181,19 @@ class Coupling:
         """The masks of all other parameters along what goes."""
         return _following_masks(self.graph, self.roots, gone, _target_paths(self.targets))
 
-    def learns(self, model: nn.Module, dummy_input: Any, masks: Masks) -> bool:
-        """Whether a cut under some masks, which is undone, teaches the graph anything.
+    def tried(self, model: nn.Module, dummy_input: Any, masks: Masks, gone: np.ndarray) -> Trial:
+        """What becomes of ``gone`` and its masks in a cut, which is undone.
 
-        What the model's own code cannot follow, that is: a size that it has as a number, two that
-        it counts with one attribute. What goes together is to be asked anew then.
+        The graph learns what the model's own code cannot follow: a size that it has as a number,
+        two that it counts with one. What goes together is to be asked anew then.
         """
-        options = Options("exact", Limits(1, 1), True)
-        before = self.graph.experience()
-        Cutter(model, dummy_input, by_leaf(model, masks), options, self.graph).cut(True).undo()
-        return self.graph.experience() != before
+        options, before = Options("exact", Limits(1, 1), True), self.graph.experience()
+        cut = Cutter(model, dummy_input, by_leaf(model, masks), options, self.graph).cut(True)
+        cut.undo()
+        units = np.concatenate([_units(self.graph, x.name, len(x.scores)) for x in self.layers])
+        units = units[gone[self.roots[units]]]
+        removed = len(units) - int(cut.decision.kept(units).sum())
+        return Trial(len(units), removed, self.graph.experience() != before)
 
     def warn_of_untouched(self, gone: np.ndarray) -> None:
         """Warn of each layer of which nothing goes, with the reason."""

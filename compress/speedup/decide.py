@@ -22,6 +22,7 @@ from compress.speedup.knowledge import Knowledge
 
 _CELL = "is where a kept row and a kept column meet at"
 _LINE = "has a kept cell at"
+_EVENS = "evens out the parts at"
 _DEEPEST = 4  # how many reasons one reason may be explained by
 
 
@@ -164,7 +165,8 @@ class Decision:
         fullest = int(np.argmax(np.where(alive, counts, -1)))
         there = equal.parts[fullest][kept[fullest]]
         self._because[self.root[found]] = there[-1] if len(there) else 0
-        return self._restore(found, equal.reason, equal.node)
+        evens = "is counted together with other units at" if equal.counted else _EVENS
+        return self._restore(found, evens, equal.node)
 
     def _some(self, gone: Labels, wanted: int) -> Labels:
         """So many labels to restore; of a grid only one, as others come back with it."""

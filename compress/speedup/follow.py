@@ -27,7 +27,6 @@ from compress.speedup.replay import Mismatch, expected_shape
 PartsOf = Callable[[fx.Node, fx.Node, int], "Labels | None"]
 
 _REASON = "has its size as a number in the code"
-_COUNTED = "is counted together with other units at"
 
 
 class Follower:
@@ -218,7 +217,7 @@ class Follower:
             assert fixed is None
             return self.graph.renew()
         parts = np.stack([left, right])
-        self.graph.space.equal_parts.append(EqualParts(parts, other, reason=_COUNTED))
+        self.graph.space.equal_parts.append(EqualParts(parts, other, counted=True))
         return True
 
     def _equalise_all(self, node: fx.Node, parts_of: PartsOf) -> bool:
@@ -244,7 +243,7 @@ class Follower:
                 self._coupled.add(key)
                 if (self.graph.root[one] != self.graph.root[parts]).any():
                     parts = np.concatenate([one[None], parts])
-                    self.graph.space.equal_parts.append(EqualParts(parts, node, reason=_COUNTED))
+                    self.graph.space.equal_parts.append(EqualParts(parts, node, counted=True))
                     return True
         return False
 
