@@ -173,20 +173,16 @@ class GroupedMatMul(Contraction):
         return ranks == [2, 3] and len(call.inputs) == 3
 
     def makes(self, call: Call) -> list[Units]:
-        if not self.in_groups(call):
-            return []
-        g = self.geometry(call)
-        weight, order = behind_views(g.weight)
-        return [Units(weight, order[g.weight_out], g.channel, g.x)]
+        """None that a config_list could select: a parameter of its own module, not of a layer's."""
+        return []
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         if not self.in_groups(call):
             return OPAQUE.labels(call, axes, space)
         g = self.geometry(call)
         space.pin(axes(g.weight)[0], call.node, "is a group with rows of its own")
-        for node in (set(call.inputs) - {g.x, g.weight}) | {g.x}:
-            rows = axes(node)[:1]
-            space.pin_all(rows, call.node, "says which rows are a group's")
+        for node in set(call.inputs) - {g.weight}:
+            space.pin(axes(node)[0], call.node, "says which rows are a group's")
         return None, super().labels(call, axes, space)[-1]
 
     def matrix(self, g: Geometry, known: Knowledge) -> np.ndarray:
