@@ -247,3 +247,34 @@ def test_all_goes_that_the_coupled_pruner_masks() -> None:
     torch.testing.assert_close(model(others), masked(others), rtol=1e-10, atol=1e-10)
     assert not any(layer.kept for layer in speedup.report.layers)
     assert (model.heads, model.places.weight.shape, model.q.weight.shape) == (2, (8, 16), (16, 16))
+
+
+class TwoEncoders(nn.Module):
+    """The size of one is counted for a scale before the other one runs (RAFT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = (y @ y.transpose(-1, -2)) / torch.sqrt(torch.tensor(y.shape[-1]))
+        z = self.second(x)
+        assert z.shape[-1] > 1
+        return y.mean(-1, keepdim=True) + self.head(z)
+
+
+def test_a_size_that_is_read_later_is_not_what_was_counted() -> None:
+    torch.manual_seed(0)
+    model = TwoEncoders().double()
+    keep = torch.arange(8) % 2 == 0
+    masks = {
+        path: {"weight": keep[:, None].expand(8, 5).clone(), "bias": keep.clone()}
+        for path in ("first", "second")
+    }
+    x = torch.rand(2, 4, 5, dtype=torch.float64)
+    speedup = check_exact(model, x, masks, trains=False)
+    assert (model.first.out_features, model.second.out_features) == (8, 4)
+    assert "tensor computes with another number at the model's forward" in str(
+        speedup.why("first", 1)
+    )

@@ -92,10 +92,10 @@ class Follower:
                 for other in self._same_line(node):
                     pin(decision, other, reason)
                 return
-        module = node.meta["module"]
-        if mismatch.numbers and _pin_size_reads(decision, module, reason, mismatch.numbers):
+        there = f"{_REASON} ({mismatch.got} at {location(node)})"
+        if mismatch.numbers and _pin_size_reads(decision, node, there, mismatch.numbers):
             return
-        if not _pin_size_reads(decision, module, reason):
+        if not _pin_size_reads(decision, node, there):
             self._pin_call(node, reason)
 
     def _set_more(self, decision: Decision, mismatch: Mismatch) -> bool:
@@ -355,18 +355,21 @@ def _one_shape(node: fx.Node) -> bool:
 
 
 def _pin_size_reads(
-    decision: Decision, module: str, reason: str, numbers: Mapping[float, float] | None = None
+    decision: Decision, at: fx.Node, reason: str, numbers: Mapping[float, float] | None = None
 ) -> bool:
-    """Keep the sizes that a module's forward reads off its tensors; returns whether that was news.
+    """Keep the sizes that a module's forward has read by a call; returns whether that was news.
 
     ``b, n, c = x.shape`` and later ``y.reshape(b, n, c)``: the size of x is counted as one of y.
     With ``numbers``, only those sizes that change as one of these does: ``x / c**0.5`` has another
     number, but ``x / torch.tensor(c).sqrt()`` tells which it is.
     """
-    news = False
+    news, nodes = False, decision.graph.trace.nodes
+    made = set(nodes[: nodes.index(at)])
     for node, where in decision.graph.trace.size_reads:
+        if where != at.meta["module"] or node not in made:
+            continue
         shape, expected = node.meta["shape"], expected_shape(decision, node)
-        if where == module and shape != expected and _one_shape(node):
+        if shape != expected and _one_shape(node):
             axes = [i for i, size in enumerate(shape) if size != expected[i]]
             if numbers is not None:
                 axes = [i for i in axes if numbers.get(shape[i]) == expected[i]]
