@@ -15,7 +15,8 @@ The columns:
 - ended: speedup ended without an error
 - error: max |small - reference| / max |reference|, the worst output; in float32, and in float64
   where that is more than 1e-5, beside what a change of the last bit of every weight does
-- left: parameters after / before, with masks drawn layer by layer (``mode="normal"``)
+- left: parameters after / before, with masks drawn layer by layer (``mode="normal"``). Embeddings
+  are no layers here, as no entry names them, so that language models keep their width
 - s: CPU seconds of ``ModelSpeedup`` without its check, one thread; forward: those of one forward
 - train: forward and backward in train mode run after
 - coupled: the same with ``mode="dependency_aware"``: parameters left, megabytes above the loaded

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from oracle import check_exact
 from torch import nn
 from torch.nn import functional as F
 
@@ -206,3 +207,65 @@ def test_as_many_heads_as_dims_of_a_head(what, order):
     small = shrunk(model, {"qkv": rows(model.qkv, gone)}).model
     assert small.qkv.out_features == 3 * 24
     assert {"heads": 6, "head_dim": 6} | {what: 4} == {n: getattr(small, n) for n in order}
+
+
+class Experts(nn.Module):
+    """A mixture of experts as transformers writes it: one grouped product for all of them."""
+
+    def __init__(self, transposed: bool, width: int = 8, inner: int = 16, experts: int = 3) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, width), nn.Linear(width, 2)
+        self.router = nn.Linear(5, experts)
+        self.transposed = transposed
+        shapes = {"gate_up": (2 * inner, width), "down": (width, inner)}
+        for name, (out, into) in shapes.items():
+            shape = (experts, into, out) if transposed else (experts, out, into)
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+    def grouped(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        weight = weight if self.transposed else weight.transpose(-2, -1)
+        return F.grouped_mm(x, weight, offs=ends)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(0, 1)
+        expert, order = self.router(x).argmax(-1).sort()
+        counts = torch.histc(expert.float(), bins=3, min=0, max=2)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        y = self.first(x)
+        gate, up = self.grouped(y[order], self.gate_up, ends).chunk(2, -1)
+        z = self.grouped(F.silu(gate) * up, self.down, ends)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return self.head(y + z[back])
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has no grouped_mm")
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("of", ["makers", "readers"])
+def test_experts_lose_hidden_units_and_width(transposed, of):
+    torch.manual_seed(0)
+    model = Experts(transposed)
+    out, into = (2, 1) if transposed else (1, 2)
+    masks = {"": {n: torch.ones(getattr(model, n).shape) > 0 for n in ("gate_up", "down")}}
+    hidden = [1, 3, 6, 7]
+    if of == "makers":  # the gate, whose 0 makes the product 0
+        masks[""]["gate_up"].movedim(out, 0)[hidden] = False
+    else:
+        masks[""]["down"].movedim(into, 0)[hidden] = False
+    width = [0, 2, 5, 7]  # torch's kernel wants rows of a multiple of 16 bytes
+    masks[""]["down"].movedim(out, 0)[width] = False
+    masks["first"] = {"weight": torch.ones(8, 5) > 0, "bias": torch.ones(8) > 0}
+    masks["first"]["weight"][width] = masks["first"]["bias"][width] = False
+    check_exact(model, torch.randn(1, 7, 5), masks, trains=False)
+    assert model.gate_up.movedim((out, into), (1, 2)).shape == (3, 24, 4)
+    assert model.down.movedim((out, into), (1, 2)).shape == (3, 4, 12)
+    assert model.head.in_features == 4
+
+
+def test_a_unit_that_one_expert_reads_stays():
+    torch.manual_seed(0)
+    model = Experts(False)
+    keep = torch.ones(model.down.shape) > 0
+    keep[:2, :, 4] = False
+    check_exact(model, torch.randn(1, 7, 5), {"": {"down": keep}}, trains=False)
+    assert model.down.shape == (3, 8, 16)

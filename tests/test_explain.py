@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -265,3 +267,36 @@ def test_weights_that_no_rule_calls_units_are_reported_too() -> None:
     assert "goes through linalg_lstsq, which has no rule at solve" in kept["solve"]
     assert kept["unused"] == "is used by nothing that ran"
     assert kept["last"] == "is the only one of its axis"
+
+
+class CountedByTheWidth(nn.Module):
+    """The heads are put side by side by the number of the input's own features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        b, n, c = x.shape
+        q, k, v = (m(x).view(b, n, -1, 4).transpose(1, 2) for m in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(b, n, c))  # heads
+
+
+def test_a_reason_leads_to_what_holds_it() -> None:
+    torch.manual_seed(0)
+    model, keep = CountedByTheWidth(), torch.arange(16) >= 4
+    weight = keep[:, None].expand(16, 16).clone()
+    masks = {name: {"weight": weight, "bias": keep} for name in ("q", "k", "v")}
+    speedup = ModelSpeedup(model, torch.rand(2, 3, 16), masks)
+    speedup.speedup_model()
+    text = str(speedup.why("q", 1))
+    line = 1 + next(
+        i for i, x in enumerate(Path(__file__).read_text().splitlines()) if "# heads" in x
+    )
+    row, column = text.index("its row "), text.index("its column sets the scale of attention")
+    counted = text.index(
+        f"is counted together with other units at the model's forward (test_explain.py:{line})"
+    )
+    assert row < counted < text.index("where one is an output of the model") < column

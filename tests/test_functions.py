@@ -467,3 +467,38 @@ def test_a_part_of_one_unit_is_read(function: Callable[[Tensor], Tensor]) -> Non
     masks = {"a": {"weight": keep[:, None].expand(4, 3), "bias": keep}}
     check_exact(model, torch.randn(2, 3, dtype=torch.float64), masks)
     assert model.a.out_features == 2
+
+
+class Aggregated(nn.Module):
+    """Features of several branches, weighted branch by branch by a convolution over (N, 3, C)."""
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(5, CHANNELS) for _ in range(3))
+        self.layer = layer
+        self.head = nn.Linear(outputs * CHANNELS, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.stack([branch(x) for branch in self.branches], dim=1)
+        return self.head(self.layer(y).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "outputs", "left"),
+    [
+        (nn.Conv1d(3, 1, 1), 1, CHANNELS - len(GONE)),
+        (nn.Conv1d(3, 2, 1, bias=False), 2, CHANNELS - len(GONE)),
+        (nn.ConvTranspose1d(3, 2, 1), 2, CHANNELS - len(GONE)),
+        (nn.Conv1d(3, 2, 3, padding=1), 2, CHANNELS),
+        (nn.ConvTranspose1d(3, 1, 1, padding=1, output_padding=0, stride=1), None, CHANNELS),
+    ],
+)
+def test_a_convolution_of_extent_1_leaves_places_as_they_are(layer, outputs, left):
+    torch.manual_seed(0)
+    model = Aggregated(layer, outputs or 1)
+    if outputs is None:
+        model.head = nn.Linear(CHANNELS - 2, 2)
+    randomise(model)
+    masks = {f"branches.{i}": channels_masked(model.branches[i], GONE) for i in range(3)}
+    check_exact(model.double(), torch.randn(2, 5).double(), masks)
+    assert model.branches[0].out_features == left

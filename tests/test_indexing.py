@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,3 +146,107 @@ def test_a_table_of_positions_loses_columns() -> None:
     check_exact(model, pictures(), masks, trains=False)
     assert model.table.shape == (9, 5)
     assert model.head.in_channels == 5
+
+
+class Sliced(nn.Module):
+    """Channels in two parts, of which each is worked on by itself; ``bound`` says where they part.
+
+    The first ``lead`` stay as they are.
+    """
+
+    def __init__(self, bound: Callable[[nn.Module, int], int], lead: int = 0) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 2, 1)
+        self.half, self.bound, self.lead = 4, bound, lead
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.body(x)).relu()
+        at = self.bound(self, y.shape[1])
+        first, second = y[:, self.lead : at], y[:, at:]  # sliced
+        return self.head(torch.cat([y[:, : self.lead], first * 2, second.tanh()], 1))
+
+
+@pytest.mark.parametrize(
+    ("bound", "lead", "gone", "left"),
+    [
+        (lambda m, size: size // 2, 0, (1, 6), 6),  # counted anew
+        (lambda m, size: -(size // 2), 0, (1, 6), 6),
+        (lambda m, size: m.half, 0, (1, 2, 5), 5),  # set
+        (lambda m, size: 4, 0, (5, 7), 6),  # nothing goes in front of the number
+        (lambda m, size: size // 2, 0, (1, 2, 6), 5),  # 5 // 2 is what is left of the first
+        (lambda m, size: size // 2, 0, (1, 2, 3), 8),
+        (lambda m, size: 4, 0, (1, 5), 8),
+        (lambda m, size: 6, 2, (1, 6), 8),  # as many as before, but others
+    ],
+)
+def test_a_slice_shrinks_where_its_bounds_follow(
+    bound: Callable[[nn.Module, int], int], lead: int, gone: tuple[int, ...], left: int
+) -> None:
+    torch.manual_seed(0)
+    model = Sliced(bound, lead).double().eval()
+    randomise(model)
+    masks = {"body": filters(model.body, *gone), "norm": filters(model.norm, *gone)}
+    speedup = check_exact(model, pictures(), masks, trains=False)
+    assert model.head.in_channels == left
+    if left == 8:
+        text = str(speedup.why("body", gone[0]))
+        source = Path(__file__).read_text().splitlines()
+        line = next(i for i, text in enumerate(source, 1) if "# sliced" in text)
+        assert (
+            f"is sliced at a fixed position at the model's forward (test_indexing.py:{line})"
+            in text
+        )
+
+
+def interleaved(y: Tensor) -> Tensor:
+    return torch.stack([-y[:, 1::2], y[:, ::2]], 2).flatten(1, 2)
+
+
+def halves(y: Tensor) -> Tensor:
+    n = y.shape[1] // 2
+    return torch.cat([-y[:, n:], y[:, :n]], 1)
+
+
+@pytest.mark.parametrize(("turn", "gone"), [(interleaved, (2, 3, 6, 7)), (halves, (1, 3, 5, 7))])
+def test_rotated_dims_go_in_pairs(turn: Callable[[Tensor], Tensor], gone: tuple[int, ...]) -> None:
+    class Rotated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 8), nn.Linear(8, 2)
+            self.register_buffer("angle", torch.rand(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            angle = self.angle.repeat_interleave(2) if turn is interleaved else self.angle.repeat(2)
+            y = self.body(x)
+            return self.head(y * angle.cos() + turn(y) * angle.sin())
+
+    torch.manual_seed(0)
+    model = Rotated().double()
+    check_exact(model, torch.rand(2, 3).double(), {"body": filters(model.body, *gone)})
+    assert model.angle.shape == (2,)
+    assert model.body.out_features == 4
+
+
+class ZeroedBias(nn.Module):
+    """A part of the bias is written through a view of a copy of it (Swin v2's keys)."""
+
+    def __init__(self, index: Callable[[int], slice]) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 12), nn.Linear(12, 2)
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.body.bias.clone()
+        bias[self.index(bias.numel() // 3)].zero_()
+        bias[-1:].add_(1.0)
+        q, k, v = F.linear(x, self.body.weight, bias).chunk(3, -1)
+        return self.head(torch.cat([q, k.relu(), v], -1))
+
+
+def test_what_is_written_through_a_slice_is_part_of_the_whole() -> None:
+    torch.manual_seed(0)
+    model = ZeroedBias(lambda n: slice(n, 2 * n)).double()
+    masks = {"body": filters(model.body, 1, 5, 9)}
+    check_exact(model, torch.rand(2, 3).double(), masks)
+    assert model.body.out_features == 9

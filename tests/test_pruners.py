@@ -26,6 +26,7 @@ from compress.pruners import (
     Pruner,
     RandomFilterPruner,
 )
+from compress.pruners.dependency import Trial
 
 HALF = [{"sparsity": 0.5, "op_types": ["default"]}]
 FILTER_PRUNERS = (L1FilterPruner, L2FilterPruner, FPGMPruner, RandomFilterPruner)
@@ -445,6 +446,13 @@ def test_dependency_aware_asks_the_graph(monkeypatch: pytest.MonkeyPatch) -> Non
 
         def following(self, gone: str) -> Masks:
             return Masks({"1": {"weight": torch.zeros(6), "bias": torch.zeros(6)}})
+
+        def tried(self, model: nn.Module, dummy_input: Any, masks: Masks, gone: str) -> Trial:
+            assert list(masks) == ["0", "3", "5", "1"]
+            return Trial(masked=9, removed=7, learned=False)
+
+        def warn_of_untouched(self, gone: str) -> None:
+            assert gone == "gone"
 
     monkeypatch.setattr("compress.pruners.dependency.Coupling", Coupling)
     pruner = L1FilterPruner(model, HALF, dependency_aware=True, dummy_input=x, round_to=2)

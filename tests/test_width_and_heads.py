@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress import L1FilterPruner, ModelSpeedup
+from compress.pruners import base
 from compress.speedup import cut
 
 
@@ -71,8 +72,9 @@ def test_width_and_heads_shrink_together(kernel: str) -> None:
     randomise(model)
     x = torch.rand(2, 3, 6, 6, dtype=torch.float64)
     masks = coupled_masks(model, x)
-    check_exact(model, x, masks, trains=False)
-    # One of three heads of 8 goes, and so the width keeps 16 of 24, though 12 of it are masked.
+    speedup = check_exact(model, x, masks, trains=False)
+    # One of three heads of 8 goes, and so 8 of the width of 24, where 12 might.
+    assert not any(layer.kept for layer in speedup.report.layers)
     assert [block.num_heads for block in model.blocks] == [2, 2]
     assert model.blocks[0].qkv.weight.shape == (48, 16)
     assert model.head.weight.shape == (5, 16)
@@ -82,6 +84,7 @@ def test_few_runs_tell_how_width_and_heads_hang_together(monkeypatch: pytest.Mon
     torch.manual_seed(0)
     model = Windows("sdpa")
     x = torch.rand(2, 3, 6, 6)
+    monkeypatch.setattr(base, "MOST_TRIALS", 1)  # half of the width, and a third of the heads
     masks, runs = coupled_masks(model, x), []
     replay = cut.replay
     monkeypatch.setattr(cut, "replay", lambda *args: runs.append(1) or replay(*args))
@@ -163,3 +166,115 @@ def test_head_dims_go_where_the_scale_is_an_attribute() -> None:
     }
     check_exact(model, x, masks, trains=False)
     assert model.q.weight.shape == (16, 12)
+
+
+class NormedHeads(nn.Module):
+    """Queries, keys and values normalised within their head, with a weight or without."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 3 * 32), nn.Linear(32, 6)
+        self.q_norm = nn.LayerNorm(8, elementwise_affine=affine)
+        self.k_norm = nn.RMSNorm(8, elementwise_affine=affine)
+        self.v_norm = nn.RMSNorm(8, elementwise_affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, 8)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), self.v_norm(v))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_head_goes_that_is_normalised_by_itself(affine: bool) -> None:
+    torch.manual_seed(0)
+    model = NormedHeads(affine).double()
+    randomise(model)
+    keep = torch.ones(3, 4, 8, dtype=torch.bool)
+    keep[:, [0, 2]] = False
+    keep = keep.reshape(-1)
+    masks = {"qkv": {"weight": keep[:, None].expand(96, 12).clone(), "bias": keep}}
+    check_exact(model, torch.rand(2, 5, 12, dtype=torch.float64), masks, trains=False)
+    assert model.qkv.out_features == 48
+
+
+class Disentangled(nn.Module):
+    """Attention between contents and positions, as DeBERTa's.
+
+    The code computes the scale from the dims, repeats an index for each head, and uses the table of
+    positions without calling it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.words, self.places = nn.Embedding(20, 32), nn.Embedding(8, 32)
+        self.norm = nn.LayerNorm(32)
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.head = nn.Linear(32, 3)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2).flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.words(x)
+        n = x.shape[1]
+        q, k, v = (self.split(layer(x)) for layer in (self.q, self.k, self.v))
+        places = self.split(self.k(self.norm(self.places.weight)[None]))
+        places = places.repeat(q.size(0) // self.heads, 1, 1)
+        index = (torch.arange(n)[:, None] - torch.arange(n)).clamp(-4, 3) + 4
+        index = index.expand(q.size(0), -1, -1)
+        scores = q @ k.transpose(-1, -2) + (q @ places.transpose(-1, -2)).gather(-1, index)
+        scores = scores / torch.sqrt(torch.tensor(q.size(-1)) * 2)
+        y = (scores.softmax(-1) @ v).unflatten(0, (-1, self.heads))
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.head(x)
+
+
+def test_all_goes_that_the_coupled_pruner_masks() -> None:
+    torch.manual_seed(0)
+    model = Disentangled().double()
+    randomise(model)
+    x = torch.randint(0, 20, (1, 6))
+    config = [
+        {"sparsity": 0.5, "op_types": ["Linear", "Embedding"]},
+        {"exclude": True, "op_names": ["head"]},
+    ]
+    masks = L1FilterPruner(model, config, mode="dependency_aware", dummy_input=x).calc_masks()
+    masked = masked_copy(model, {path: dict(each) for path, each in masks.items()})
+    speedup = ModelSpeedup(model, x, masks)
+    speedup.speedup_model()
+    others = torch.randint(0, 20, (3, 9))
+    torch.testing.assert_close(model(others), masked(others), rtol=1e-10, atol=1e-10)
+    assert not any(layer.kept for layer in speedup.report.layers)
+    assert (model.heads, model.places.weight.shape, model.q.weight.shape) == (2, (8, 16), (16, 16))
+
+
+class TwoEncoders(nn.Module):
+    """The size of one is counted for a scale before the other one runs (RAFT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = (y @ y.transpose(-1, -2)) / torch.sqrt(torch.tensor(y.shape[-1]))
+        z = self.second(x)
+        assert z.shape[-1] > 1
+        return y.mean(-1, keepdim=True) + self.head(z)
+
+
+def test_a_size_that_is_read_later_is_not_what_was_counted() -> None:
+    torch.manual_seed(0)
+    model = TwoEncoders().double()
+    keep = torch.arange(8) % 2 == 0
+    masks = {
+        path: {"weight": keep[:, None].expand(8, 5).clone(), "bias": keep.clone()}
+        for path in ("first", "second")
+    }
+    x = torch.rand(2, 4, 5, dtype=torch.float64)
+    speedup = check_exact(model, x, masks, trains=False)
+    assert (model.first.out_features, model.second.out_features) == (8, 4)
+    assert "tensor computes with another number at the model's forward" in str(
+        speedup.why("first", 1)
+    )

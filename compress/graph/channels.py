@@ -166,6 +166,10 @@ class ChannelGraph:
         self.__dict__.pop("nearest_pin", None)
         return not np.array_equal(before, self.root)
 
+    def experience(self) -> tuple[bytes, int]:
+        """Equal as long as no cut has taught the graph what the model's code cannot follow."""
+        return self.root.tobytes(), len(self.space.equal_parts)
+
     # -- queries ---------------------------------------------------------------------------
 
     def networkx(self) -> nx.DiGraph:

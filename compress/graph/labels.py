@@ -60,12 +60,14 @@ class EqualParts:
     """The same number of positions must be kept in every part (``chunk``, a grouped convolution).
 
     ``parts`` is (number of parts, positions). With ``partners`` (the parts of another axis, which
-    go along), a part of which everything goes on both sides may disappear as a whole.
+    go along), a part of which everything goes on both sides may disappear as a whole. ``counted``:
+    it is no part of what the calls do, but the model's code counts both with one number.
     """
 
     parts: np.ndarray
     node: fx.Node
     partners: np.ndarray | None = None
+    counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,8 @@ class Field:
 class LabelSpace:
     """Hands out labels and collects what ties them, pins them and couples their counts.
 
-    ``exact``: statistics over labels pin them; otherwise they only read them.
+    ``exact``: statistics over labels pin them; otherwise they only read them. ``sliced``: the axes
+    of which parts are taken by number.
     """
 
     size: int = 1
@@ -96,6 +99,7 @@ class LabelSpace:
     equal_parts: list[EqualParts] = field(default_factory=list)
     fields: dict[str, Field] = field(default_factory=dict)
     field_uses: dict[str, int] = field(default_factory=dict)
+    sliced: list[Labels] = field(default_factory=list)
     _created: list[tuple[Labels, fx.Node]] = field(default_factory=list)
     _splits: dict[tuple[bytes, int], tuple[Labels, Labels]] = field(default_factory=dict)
     _cells: dict[tuple[bytes, bytes], np.ndarray] = field(default_factory=dict)

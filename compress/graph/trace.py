@@ -112,6 +112,7 @@ class Recorder(Watch):
         # Every tensor by its memory (views, detached ones); ids are unique while tensors live.
         self._sharing: dict[int, list[torch.Tensor]] = {}
         self._written: dict[int, fx.Node] = {}
+        self._parts: dict[int, tuple[torch.Tensor, Any]] = {}  # x[index] that are views, by id
         self._announced: dict[int, tuple[str, torch.Tensor, str]] = {}
         self._parameters: set[str] = set()
         self._evaluated: _Length | None = None
@@ -144,6 +145,11 @@ class Recorder(Watch):
 
     def made(self, name: str, func: Any, given: Any, result: torch.Tensor) -> None:
         self._register(self._call(name, func, *given), result)
+        if name == "getitem":
+            source, index = given[0]
+            sharing = self._sharing[memory_of(result)]
+            whole = (t for t in sharing if self._nodes.get(id(t)) is source)
+            self._parts |= {id(result): (tensor, index) for tensor in whole}
 
     def made_several(self, name: str, func: Any, given: Any, result: Any) -> None:
         node = self._call(name, func, *given)
@@ -156,13 +162,7 @@ class Recorder(Watch):
                 self.complete = False
 
     def wrote(self, name: str, func: Any, given: Any, target: torch.Tensor) -> None:
-        """``target`` stands for the call from now on; what shares its memory is stale."""
-        node = self._call(name, func, *given)
-        for other in self._sharing.get(memory_of(target), ()):
-            if other is not target:
-                self._written[id(other)] = node
-        self.effects.append(node)
-        self._register(node, target)
+        self._write(self._call(name, func, *given), target)
 
     def looked(self, given: Any) -> None:
         self.effects.append(self._call("read_value", read_value, *given))
@@ -184,6 +184,22 @@ class Recorder(Watch):
         self._nodes[id(tensor)] = node
         self._written.pop(id(tensor), None)
         self._sharing.setdefault(memory_of(tensor), []).append(tensor)
+
+    def _write(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        """``tensor`` was written in place: now it is ``node``; what shares its memory is stale.
+
+        But if it is ``x[index]`` of a tensor x that is not stale, x was written at that index.
+        """
+        whole, index = self._parts.get(id(tensor), (None, None))
+        if whole is not None and id(whole) not in self._written and id(whole) in self._nodes:
+            written = (self._nodes[id(whole)], index, node)
+            self._write(self._call("setitem", torch.Tensor.__setitem__, written, {}), whole)
+        else:
+            for other in self._sharing.get(memory_of(tensor), ()):
+                if other is not tensor:
+                    self._written[id(other)] = node
+        self.effects.append(node)
+        self._register(node, tensor)
 
     # -- looking up ------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compress.graph.channels import ChannelGraph
     from compress.pruners.dependency import Coupling
 
+MOST_TRIALS = 3  # choices of what goes, each of which is tried on the model
 MODES = ("normal", "global", "dependency_aware", "isomorphic")
 
 
@@ -398,9 +399,7 @@ class Pruner(MaskedModel, ABC):
     ) -> tuple[dict[str, Tensor], Masks]:
         """A keep vector for every target, and masks of other parameters that follow from them."""
         if self.runs_the_model:
-            coupling = self._coupling(scores)
-            gone = coupling.choose()
-            return coupling.keep(gone), coupling.following(gone)
+            return self._allocate_coupled(layers, scores)
         keep = allocate.per_layer(
             scores,
             {one.name: one.sparsity for one in self.targets if one.sparsity is not None},
@@ -410,6 +409,27 @@ class Pruner(MaskedModel, ABC):
             members = [one for one in self.targets if one.group == number]
             keep |= self._allocate_group(members, layers, scores, group.sparsity)
         return keep, Masks()
+
+    def _allocate_coupled(
+        self, layers: Mapping[str, Layer], scores: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Masks]:
+        """What goes together: chosen anew as long as a cut on trial tells why some of it stays."""
+        coupling, before, most = self._coupling(scores), self._masks_before(), -1
+        for _ in range(MOST_TRIALS):
+            gone = coupling.choose()
+            keep, extra = coupling.keep(gone), coupling.following(gone)
+            masks = self._masks_of(layers, keep, extra, before)
+            with suspend_masks(self.model):
+                trial = coupling.tried(self.model, self.dummy_input, masks, gone)
+            if trial.removed < most:  # what is counted together can be too much to go at once
+                break
+            most, best = trial.removed, (coupling, gone, keep, extra)
+            if trial.removed == trial.masked or not trial.learned:
+                break
+            coupling = self._coupling(scores, coupling.graph)
+        coupling, gone, keep, extra = best
+        coupling.warn_of_untouched(gone)
+        return keep, extra
 
     def _allocate_group(
         self,

@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from compress import allocate
 from compress.config import WEIGHT, Target, Targets
 from compress.graph.channels import ChannelGraph
-from compress.graph.labels import Axes, Axis, joined
+from compress.graph.labels import Axes, Axis, Labels, joined
+from compress.graph.trace import location
 from compress.masks import Masks
+from compress.pruners.oneshot import filter_axis
 from compress.pruners.parts import Part
 from compress.pruners.structure import head_grids, join_blocks_of, structure_classes
+from compress.speedup.cut import Cutter, Options
+from compress.speedup.decide import Limits
+from compress.speedup.surgery import by_leaf
 
 
 @dataclass
@@ -50,6 +55,15 @@ class _Layer:
         units = len(self.scores)
         sparsity = min(self.max_sparsity if sparsity is None else sparsity, 1 - 1 / units)
         return units - allocate.keep_count(units, sparsity, self.step, min_channels)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Of units that were masked, how many went, and whether that taught the graph anything."""
+
+    masked: int
+    removed: int
+    learned: bool
 
 
 class Coupling:
@@ -102,13 +116,16 @@ class Coupling:
             heads = [a or b for a, b in zip(heads, head_grids(graph), strict=True)]
         roots = join_grids(graph, heads)
         roots = join_blocks_of(roots, units, blocks)
+        self._by_row = whole_rows(graph, heads)
         self.roots = _join_equal_parts(graph, roots, self.layers)
         for layer in self.layers:
             layer.roots = self.roots[units[layer.name]]
+        self.fixed = _unremovable(graph, self.roots, targets, units)
+        for _, _, stays in self._lines():
+            self.fixed[self.roots[stays]] = True
         self._classes = np.zeros(len(self.roots), np.int64)
         if isomorphic:
             self._classes = structure_classes(graph, self.roots)
-        self.fixed = _unremovable(graph, self.roots, targets, units)
         self._units, self._names = units, _target_paths(targets)
         self._devices = {name: values.device for name, values in scores.items()}
 
@@ -117,7 +134,7 @@ class Coupling:
 
         No layer loses more than its sparsity allows, so that coupled layers with different
         sparsities lose what the smallest allows. A layer of which nothing can go (the model's
-        output) is left alone, with a warning.
+        output) is left alone: see `warn_of_untouched`.
 
         Args:
             sparsities: by layer, in the place of those of the config_list; a layer that is not
@@ -127,11 +144,11 @@ class Coupling:
             layers = self._sharing_atoms(sparsities)
             budgets = [x.budget(sparsities.get(x.name, 0.0), self.min_channels) for x in layers]
             return _choose(layers, budgets, self.fixed, {}, self._classes)
-        budgets = [x.budget(x.sparsity, self.min_channels) for x in self.layers]
         shares = _shares(self.layers, self.targets, self._classes)
-        gone = _choose(self.layers, budgets, self.fixed, shares, self._classes)
-        self._warn_of_untouched(budgets, gone)
-        return gone
+        return _choose(self.layers, self._budgets(), self.fixed, shares, self._classes)
+
+    def _budgets(self) -> list[int]:
+        return [x.budget(x.sparsity, self.min_channels) for x in self.layers]
 
     def ranked(self, names: Collection[str]) -> tuple[np.ndarray, dict[str, int]] | None:
         """The atoms of some layers that may go, in the order in which `choose` takes them.
@@ -173,16 +190,59 @@ class Coupling:
         """The masks of all other parameters along what goes."""
         return _following_masks(self.graph, self.roots, gone, self._names)
 
-    def _warn_of_untouched(self, budgets: list[int], gone: np.ndarray) -> None:
+    def tried(self, model: nn.Module, dummy_input: Any, masks: Masks, gone: np.ndarray) -> Trial:
+        """What becomes of ``gone`` and its masks in a cut, which is undone.
+
+        The graph learns what the model's own code cannot follow: a size that it has as a number,
+        two that it counts with one. What goes together is to be asked anew then.
+        """
+        options, before = Options("exact", Limits(1, 1), True), self.graph.experience()
+        cut = Cutter(model, dummy_input, by_leaf(model, masks), options, self.graph).cut(True)
+        cut.undo()
+        units = np.concatenate(list(self._units.values()))
+        units = units[gone[self.roots[units]]]
+        removed = len(units) - int(cut.decision.kept(units).sum())
+        return Trial(len(units), removed, self.graph.experience() != before)
+
+    def warn_of_untouched(self, gone: np.ndarray) -> None:
+        """Warn of each layer of which nothing goes, with the reason."""
         # Under a total sparsity a layer may be left alone because others are worth less.
-        for layer, target, budget in zip(self.layers, self.targets, budgets, strict=True):
+        for layer, target, budget in zip(self.layers, self.targets, self._budgets(), strict=True):
             able = layer.group is None or self.fixed[layer.roots].all()
             if able and budget > 0 and not gone[layer.roots].any():
-                labels = self._units[layer.name]
-                reason = _why_untouched(self.graph, target, labels, self._names)
+                reason = self._why_untouched(layer, target)
                 warnings.warn(
-                    f"the pruner masks nothing of {layer.name!r}: it {reason}", stacklevel=2
+                    f"the pruner masks nothing of {layer.name!r}: it {reason}", stacklevel=3
                 )
+
+    def _lines(self) -> Iterator[tuple[fx.Node, str, Labels]]:
+        """Of each grid: where it is, and what stays of it (rows or columns) as the others go."""
+        for grid, rows in zip(self.graph.space.grids, self._by_row, strict=True):
+            yield grid.node, *(("columns", grid.columns) if rows else ("rows", grid.rows))
+
+    def _why_untouched(self, layer: _Layer, target: Target) -> str:
+        graph, labels = self.graph, self._units[layer.name]
+        if shared := _shared_with(graph, target):
+            return f"shares its weight with {shared!r}, which decides about both"
+        if not labels.any():
+            return "runs in no way that the graph knows"
+        labels = labels if target.weights == WEIGHT else _with_rows(graph, labels)
+        held = graph.root == graph.root[0]
+        if held[labels].any():
+            return graph.pin_reason(int(labels[held[labels]][0]))
+        if others := _coupled_besides(graph, target, self._names):
+            return (
+                f"is coupled with {', '.join(map(repr, others))}, not to be pruned: select those, "
+                "too, if they may shrink with it"
+            )
+        held &= (graph.nearest_pin >= 0) & np.isin(self.roots, layer.roots)
+        if held.any():
+            return f"is coupled with a unit that {graph.pin_reason(int(np.flatnonzero(held)[0]))}"
+        for node, what, stays in self._lines():
+            if np.isin(layer.roots, self.roots[stays]).any():
+                lines = "columns" if what == "rows" else "rows"
+                return f"goes along with {what} at {location(node)}, where {lines} go instead"
+        return "is coupled with a layer that is not to be pruned, or in too large steps"
 
 
 def _layer(
@@ -212,7 +272,8 @@ def _layer(
 def _units(graph: ChannelGraph, target: Target, part: Part, units: int) -> np.ndarray:
     """The labels of a layer's output units, or of a norm's channels; of a head, one of its values'.
 
-    Zeros where the run did not use it as such, or with another number of ``units``.
+    Of a layer that was not called, but whose weight the model's own code uses: those along the axis
+    that its units would have. Zeros where none ran, or with another number of ``units``.
     """
     found = graph.layers.get(target.parameters[0])
     if part.units is not None:
@@ -222,6 +283,10 @@ def _units(graph: ChannelGraph, target: Target, part: Part, units: int) -> np.nd
         labels = found.labels
     else:
         labels = _channels(graph, target.parameters[0])
+        leaf = graph.trace.leaves.get(target.parameters[0])
+        if leaf is not None and len(graph.axes[leaf]) > 1:
+            axis, _ = filter_axis(graph.model.get_submodule(target.modules[0]))
+            labels = graph.axes[leaf][axis]
     return np.zeros(units, np.int64) if labels is None or len(labels) != units else labels
 
 
@@ -285,28 +350,40 @@ def _join_equal_parts(graph: ChannelGraph, root: np.ndarray, layers: list[_Layer
 def join_grids(graph: ChannelGraph, heads_of: list[bool] | None = None) -> np.ndarray:
     """Roots in which a grid loses whole columns (a dim of every head), or else whole rows (heads).
 
-    Rows where columns cannot go (a scale or a rotation counts on the dims), where ``heads_of`` says
-    so of the grid, and where the rows are those of such a grid: the heads of q, k and v.
+    See `whole_rows`.
+    """
+    root = graph.root
+    for grid, rows in zip(graph.space.grids, whole_rows(graph, heads_of), strict=True):
+        lines = grid.rows[:, None] if rows else grid.columns[None, :]
+        lines = np.broadcast_to(lines, grid.cells.shape)
+        root = joined(root, [lines.ravel()], [grid.cells.ravel()])
+    return root
+
+
+def whole_rows(graph: ChannelGraph, heads_of: list[bool] | None = None) -> list[bool]:
+    """For each grid, whether rows go and not columns.
+
+    Rows where columns cannot go (a scale counts on the dims) or are sliced (a rotation, which takes
+    dims from all layers at once), where ``heads_of`` says so of the grid, and where the rows are
+    those of such a grid: the heads of q, k and v.
     """
     root, grids = graph.root, graph.space.grids
-    by_row = [bool((root[g.columns] == 0).any() and (root[g.rows] != 0).any()) for g in grids]
+    tied = np.zeros(len(root), bool)
+    for labels in (np.zeros(1, np.int64), *graph.space.sliced):
+        tied[root[labels]] = True
+    by_row = [bool(tied[root[g.columns]].any() and (root[g.rows] != 0).any()) for g in grids]
     if heads_of is not None:
         by_row = [row or head for row, head in zip(by_row, heads_of, strict=True)]
     heads: set[int] = set()
     while True:
         found = {r for g, rows in zip(grids, by_row, strict=True) if rows for r in root[g.rows]}
         if found <= heads | {0}:
-            break
+            return by_row
         heads |= found - {0}
         by_row = [
             rows or not heads.isdisjoint(root[g.rows])
             for g, rows in zip(grids, by_row, strict=True)
         ]
-    for grid, rows in zip(grids, by_row, strict=True):
-        lines = grid.rows[:, None] if rows else grid.columns[None, :]
-        lines = np.broadcast_to(lines, grid.cells.shape)
-        root = joined(root, [lines.ravel()], [grid.cells.ravel()])
-    return root
 
 
 def _score_by_root(root: np.ndarray, layers: Iterable[_Layer]) -> np.ndarray:
@@ -413,25 +490,6 @@ def _weights_by_share(
             share = group, kind
             weights[share] = weights.get(share, 0) + number * layers[i].weights_per_unit
     return weights
-
-
-def _why_untouched(
-    graph: ChannelGraph, target: Target, labels: np.ndarray, targets: set[str]
-) -> str:
-    held = labels if target.weights == WEIGHT else _with_rows(graph, labels)
-    pinned = held[graph.root[held] == graph.root[0]]
-    if shared := _shared_with(graph, target):
-        return f"shares its weight with {shared!r}, which decides about both"
-    if not labels.any():
-        return "runs in no way that the graph knows"
-    if len(pinned):
-        return graph.pin_reason(int(pinned[0]))
-    if others := _coupled_besides(graph, target, targets):
-        return (
-            f"is coupled with {', '.join(map(repr, others))}, not to be pruned: select those, too, "
-            "if they may shrink with it"
-        )
-    return "is coupled with a layer that is not to be pruned, or in too large steps"
 
 
 def _with_rows(graph: ChannelGraph, labels: np.ndarray) -> np.ndarray:

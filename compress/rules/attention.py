@@ -17,6 +17,7 @@ from torch import fx
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.shapes import per_position
 from compress.rules.contraction import Contraction, Geometry
+from compress.rules.movement import Permute
 from compress.rules.registry import (
     OPAQUE,
     Call,
@@ -26,6 +27,7 @@ from compress.rules.registry import (
     Value,
     each_axis,
     rule,
+    rule_for,
     shape_of,
 )
 
@@ -150,6 +152,81 @@ class MatMul(Contraction):
     def rewrite(self, call: Call, plan: PlanBuilder) -> None:
         if self.has_weight(call):
             super().rewrite(call, plan)
+
+
+@rule("grouped_mm", "grouped_mm_fallback")
+class GroupedMatMul(Contraction):
+    """(rows, in) by (groups, in, out): each row by the matrix of its group (mixtures of experts).
+
+    The groups' rows end at ``offs``. A unit is the same position of all groups.
+    """
+
+    def geometry(self, call: Call) -> Geometry:
+        weight = call.arg(1, "mat2", call.node.kwargs.get("weight"))
+        return Geometry(
+            call.first, weight, None, 1, channel=-1, weight_in=1, weight_out=2, at_border=False
+        )
+
+    def in_groups(self, call: Call) -> bool:
+        """Whether it is of these shapes, and adds nothing."""
+        ranks = [len(shape_of(node)) for node in (call.first, self.geometry(call).weight)]
+        return ranks == [2, 3] and len(call.inputs) == 3
+
+    def makes(self, call: Call) -> list[Units]:
+        """None that a config_list could select: a parameter of its own module, not of a layer's."""
+        return []
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
+        if not self.in_groups(call):
+            return OPAQUE.labels(call, axes, space)
+        g = self.geometry(call)
+        space.pin(axes(g.weight)[0], call.node, "is a group with rows of its own")
+        for node in set(call.inputs) - {g.weight}:
+            space.pin(axes(node)[0], call.node, "says which rows are a group's")
+        return None, super().labels(call, axes, space)[-1]
+
+    def matrix(self, g: Geometry, known: Knowledge) -> np.ndarray:
+        """Bool (out, in): whether the weight of any group is not zero there."""
+        leaf, order = behind_views(g.weight)
+        return known.used(leaf, (order[g.weight_out], order[g.weight_in]))
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        """Constants go into other sums in each group, so that only zeros are known."""
+        if not self.in_groups(call):
+            return None
+        g = self.geometry(call)
+        fed = ~zero_positions(known, g.x, g.channel)
+        busy = (self.matrix(g, known) & fed).any(1)
+        if busy.all():
+            return None
+        return torch.from_numpy(np.where(busy, np.nan, 0.0))[None]
+
+    def constants(self, g: Geometry, known: Knowledge) -> np.ndarray | None:
+        zero = zero_positions(known, g.x, g.channel)
+        return np.where(zero, 0.0, np.nan) if zero.any() else None
+
+    def live(self, call: Call, decision: Decision) -> np.ndarray | None:
+        return super().live(call, decision) if self.in_groups(call) else None
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        if self.in_groups(call):
+            yield from super().reads(call, known, live)
+
+    def products(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
+        return super().products(call) if self.in_groups(call) else Rule.products(self, call)
+
+    def rewrite(self, call: Call, plan: PlanBuilder) -> None:
+        """There are no constants to move."""
+
+
+def behind_views(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
+    """What a node is with other axes first, and which of its axes each axis of the node is."""
+    order = tuple(range(len(shape_of(node))))
+    while node.op == "call_function" and isinstance(found := rule_for(node.meta["name"]), Permute):
+        inner = found.order(Call(node))
+        order = tuple(inner[axis] for axis in order)
+        node = Call(node).first
+    return node, order
 
 
 def summed_reads(known: Knowledge, sides: list[tuple[fx.Node, int]]) -> Iterator[Read]:

@@ -6,7 +6,7 @@ channels begin here, with the labels of the weight's output axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import fx
 
 from compress.graph.labels import Axes, EqualParts, Field, LabelSpace
 from compress.graph.shapes import along, per_position
+from compress.rules.elementwise import LARGEST_VALUE
 from compress.rules.registry import Call, Read, Rule, Units, Value, each_axis, rule, shape_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Geometry(NamedTuple):
 
     ``channel`` is the input's and the output's channel axis (negative); ``weight_in`` and
     ``weight_out`` are the axes of the weight; ``at_border`` is true where a constant channel gives
-    another sum at the border than inside (zero padding).
+    another sum at the border than inside (zero padding). ``slid`` are the input's axes (negative)
+    along which an output position sees other input positions than its own.
     """
 
     x: fx.Node
@@ -41,6 +43,7 @@ class Geometry(NamedTuple):
     weight_in: int
     weight_out: int
     at_border: bool
+    slid: tuple[int, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -72,7 +75,7 @@ class Contraction(Rule):
             if i not in (g.weight_in, g.weight_out):
                 space.pin(axis, node, "is the extent of a kernel")
         for i, axis in enumerate(x):
-            if i - len(x) != g.channel and -len(x) + i >= g.channel:
+            if i - len(x) in g.slid:
                 space.pin(axis, node, f"is a place that {call.name} slides over")
                 x[i] = None
         if g.groups == 1:
@@ -142,6 +145,8 @@ class Contraction(Rule):
 
     def value(self, call: Call, known: Knowledge) -> Value:
         g = self.geometry(call)
+        if g.groups == 1 and not g.slid and _varies_by_place(g, known):
+            return self._value_by_place(g, known)
         matrix, constants = self.matrix(g, known), self.constants(g, known)
         rows = busy = matrix.any(1)  # rows with any weight: the others give their bias
         if constants is not None:
@@ -159,6 +164,21 @@ class Contraction(Rule):
                 return None
             result += bias.numpy()
         return along(torch.from_numpy(result), g.channel, len(call.shape))
+
+    def _value_by_place(self, g: Geometry, known: Knowledge) -> Value:
+        """The same at each place, where the channels go through the weights place by place."""
+        value, bias = known.value(g.x), None if g.bias is None else known.value(g.bias)
+        if value is None or (g.bias is not None and bias is None):
+            return None
+        inputs = value.movedim(g.channel, -1)
+        inputs = inputs.expand(*inputs.shape[:-1], g.channels)
+        matrix = torch.from_numpy(self.matrix(g, known)).double()
+        unknown = (inputs.isnan().double() @ matrix.T) > 0
+        if bool(unknown.all()):
+            return None
+        result = inputs.nan_to_num(0.0) @ torch.from_numpy(self.sums(g, known)).T
+        result = result if bias is None else result + bias
+        return torch.where(unknown, torch.nan, result).movedim(-1, g.channel)
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -240,6 +260,15 @@ class Contraction(Rule):
         plan.set_number(call, "groups", g.groups, int(alive.sum()), counted=True)
 
 
+def _varies_by_place(g: Geometry, known: Knowledge) -> bool:
+    """Whether what is known of the input is not the same along another axis that has labels."""
+    value = known.value(g.x)
+    if value is None or value.numel() == value.shape[g.channel] or value.numel() > LARGEST_VALUE:
+        return False
+    places = (i for i in range(value.dim()) if i - value.dim() != g.channel)
+    return any(value.shape[i] > 1 and known.axis(g.x, i) is not None for i in places)
+
+
 def _oriented(stored: np.ndarray, g: Geometry) -> np.ndarray:
     """A weight's first two axes as (out, in / groups)."""
     if g.weight_in != 0:
@@ -263,6 +292,20 @@ def _columns_read(matrix: np.ndarray, live: np.ndarray, groups: int) -> np.ndarr
     return parts.any(1).reshape(-1)
 
 
+def _each(number: int | Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+    """An option of a convolution for each axis of its kernel."""
+    given = (number,) if isinstance(number, int) else tuple(number)
+    return given if len(given) == len(kernel) else given * len(kernel)
+
+
+def _slid(
+    kernel: Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
+) -> tuple[int, ...]:
+    """The axes of places (negative) but those that an extent, a step of 1 leaves as they are."""
+    each = zip(kernel, _each(stride, kernel), _each(padding, kernel), strict=True)
+    return tuple(i - len(kernel) for i, option in enumerate(each) if option != (1, 1, 0))
+
+
 @rule("conv1d", "conv2d", "conv3d")
 class Convolution(Contraction):
     """weight: (out, in / groups, k…)."""
@@ -273,13 +316,15 @@ class Convolution(Contraction):
         x, weight, padding = call.arg(0, "input"), call.arg(1, "weight"), call.arg(4, "padding", 0)
         kernel = shape_of(weight)[2:]
         if isinstance(padding, str):
-            at_border = padding == "same" and max(kernel) > 1
-        else:
-            at_border = any(padding) if isinstance(padding, tuple) else bool(np.any(padding))
+            padding = tuple(int(padding == "same" and k > 1) for k in kernel)
         return Geometry(
-            x, weight, call.arg(2, "bias"), call.arg(6, "groups", 1),
-            channel=-len(kernel) - 1, weight_in=1, weight_out=0, at_border=at_border,
+            x, weight, call.arg(2, "bias"), call.arg(6, "groups", 1), channel=-len(kernel) - 1,
+            weight_in=1, weight_out=0, at_border=any(_each(padding, kernel)),
+            slid=_slid(kernel, call.arg(3, "stride", 1), padding),
         )  # fmt: skip
+
+
+_ADDED = ((4, "padding"), (5, "output_padding"))
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -290,9 +335,12 @@ class TransposedConvolution(Contraction):
 
     def geometry(self, call: Call) -> Geometry:
         x, weight = call.arg(0, "input"), call.arg(1, "weight")
+        kernel = shape_of(weight)[2:]
+        added = zip(*(_each(call.arg(*arg, 0), kernel) for arg in _ADDED), strict=True)
         return Geometry(
-            x, weight, call.arg(2, "bias"), call.arg(6, "groups", 1),
-            channel=1 - len(shape_of(weight)), weight_in=0, weight_out=1, at_border=True,
+            x, weight, call.arg(2, "bias"), call.arg(6, "groups", 1), channel=-len(kernel) - 1,
+            weight_in=0, weight_out=1, at_border=True,
+            slid=_slid(kernel, call.arg(3, "stride", 1), tuple(map(any, added))),
         )  # fmt: skip
 
 

@@ -47,18 +47,21 @@ class Creation(Rule):
         return torch.full((1,) * len(call.shape), fill, dtype=torch.float64)
 
 
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "zero",
+      "fill")  # fmt: skip
 class Like(Rule):
-    """A new tensor with the sizes of another: it shrinks along with it."""
+    """A new tensor with the sizes of another, or that one filled: it shrinks along with it."""
 
     def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
         return axes(call.first)
 
     def value(self, call: Call, known: Knowledge) -> Value:
-        constants = {"zeros_like": 0.0, "ones_like": 1.0}
-        if call.name not in constants:
+        fill: Any = {"zeros_like": 0.0, "zero": 0.0, "ones_like": 1.0}.get(call.name)
+        if call.name in ("full_like", "fill"):
+            fill = call.arg(1, "fill_value", call.node.kwargs.get("value"))
+        if not isinstance(fill, (int, float)) or not call.node.meta["dtype"].is_floating_point:
             return None
-        return torch.full((1,) * len(call.shape), constants[call.name], dtype=torch.float64)
+        return torch.full((1,) * len(call.shape), float(fill), dtype=torch.float64)
 
 
 @rule("new_tensor")

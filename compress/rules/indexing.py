@@ -1,12 +1,14 @@
 """Reading and writing parts of tensors: indices, picks along one axis, diagonals, windows.
 
-An axis that is taken whole keeps its labels. One of which positions are named stays as it is.
+An axis that is taken whole keeps its labels, and so does a slice of one: the bounds may be counted
+anew, which a replay tells. An axis of which single positions are named stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import fx
 
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.shapes import normal_axis
+from compress.rules.elementwise import LARGEST_VALUE
 from compress.rules.movement import reshape_axes
 from compress.rules.registry import OPAQUE, Call, Rule, Value, rule, shape_of
 
@@ -23,18 +26,26 @@ if TYPE_CHECKING:
 
 AxesOf = Callable[[Any], Axes]
 _MASKS = (torch.bool, torch.uint8)
+_SLICED = "is sliced at a fixed position"
 
 
 @dataclass(frozen=True)
 class Picked:
     """What ``x[index]`` takes of x.
 
-    ``axes``: for each axis of ``x[index]`` the axis of x that it is, whole and in order; None for
-    others. ``fixed``: the axes of x of which positions are picked, and how (a clause).
+    ``axes``: for each axis of ``x[index]`` the axis of x that it is, in order; None for others.
+    ``parts``: the axes of x that are there in part, with their slices. ``fixed``: the axes of x of
+    which positions are picked, and how (a clause). ``items``: one for each axis, and new axis.
     """
 
     axes: list[int | None]
+    parts: dict[int, slice]
     fixed: dict[int, str]
+    items: list[Any]
+
+    def by_number(self) -> bool:
+        """Whether there are no tensors, lists and new axes in the index."""
+        return all(isinstance(item, (int, slice)) for item in self.items)
 
 
 def picked(call: Call) -> Picked | None:
@@ -44,16 +55,18 @@ def picked(call: Call) -> Picked | None:
     if items is None:
         return None
     left: list[tuple[int | None, bool]] = []  # by numbers and slices: axis of x, tensor index?
+    parts: dict[int, slice] = {}
     fixed: dict[int, str] = {}
     axis = 0
     for item in items:
         if item is None:
             left.append((None, False))
         elif isinstance(item, slice):
-            whole = _is_whole(item, shape[axis])
-            if not whole:
-                fixed[axis] = "is sliced at a fixed position"
-            left.append((axis if whole else None, False))
+            if _has_tensors(item):
+                fixed[axis] = _SLICED
+            elif item.indices(shape[axis]) != (0, shape[axis], 1):
+                parts[axis] = item
+            left.append((None if axis in fixed else axis, False))
         elif _takes_one(item):
             fixed[axis] = f"is indexed with {item}"
         else:
@@ -61,7 +74,8 @@ def picked(call: Call) -> Picked | None:
                 fixed[each] = "is indexed with a tensor"
                 left.append((None, True))
         axis += _consumed(item)
-    return Picked(_with_tensors_joined(left, max(map(_rank, items), default=0)), fixed)
+    joined = _with_tensors_joined(left, max(map(_rank, items), default=0))
+    return Picked(joined, parts, fixed, items)
 
 
 def _with_tensors_joined(left: list[tuple[int | None, bool]], rank: int) -> list[int | None]:
@@ -112,9 +126,8 @@ def _is_mask(node: fx.Node) -> bool:
     return node.meta["dtype"] in _MASKS
 
 
-def _is_whole(item: slice, size: int) -> bool:
-    bounds = (item.start, item.stop, item.step)
-    return not any(isinstance(b, fx.Node) for b in bounds) and item.indices(size) == (0, size, 1)
+def _has_tensors(item: slice) -> bool:
+    return any(isinstance(bound, fx.Node) for bound in (item.start, item.stop, item.step))
 
 
 def _pin_picked(call: Call, taken: Picked, axes: AxesOf, space: LabelSpace) -> None:
@@ -127,30 +140,61 @@ def _pin_picked(call: Call, taken: Picked, axes: AxesOf, space: LabelSpace) -> N
         space.pin_all(axes(node), call.node, "says which positions are picked")
 
 
+class Indexing(Rule):
+    """``x[index]``, read or written."""
+
+    def sized(self, call: Call) -> bool:
+        taken = picked(call)
+        return taken is not None and bool(taken.parts)
+
+    def picks(self, call: Call) -> dict[int, np.ndarray]:
+        shape, taken = shape_of(call.first), picked(call)
+        if taken is None:
+            return {}
+        found = {axis: np.arange(shape[axis])[part] for axis, part in taken.parts.items()}
+        if taken.by_number():
+            ones = ((axis, item) for axis, item in enumerate(taken.items) if isinstance(item, int))
+            found |= {axis: np.arange(shape[axis])[[item]] for axis, item in ones}
+        return found
+
+
+def _along_parts(tensor: torch.Tensor, taken: Picked) -> torch.Tensor:
+    """A compact tensor of x with its slices taken, where it varies."""
+    items = [slice(None)] * tensor.dim()
+    for axis, part in taken.parts.items():
+        items[axis] = part if tensor.shape[axis] > 1 else slice(None)
+    return tensor[tuple(items)]
+
+
 @rule("getitem")
-class GetItem(Rule):
-    """``x[index]``. A bound in the middle of an axis is the user's number, so the axis stays."""
+class GetItem(Indexing):
+    """``x[index]``: what is sliced has a part of the labels."""
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
-        given, taken = axes(call.first), picked(call)
+        given, taken = list(axes(call.first)), picked(call)
         if taken is None or len(taken.axes) != len(call.shape):
             return OPAQUE.labels(call, axes, space, "is indexed in a way without a rule")
         _pin_picked(call, taken, axes, space)
+        for axis, part in taken.parts.items():
+            labels = given[axis]
+            if labels is not None:
+                space.sliced.append(labels)
+                given[axis] = np.ascontiguousarray(labels[part])
         return tuple(None if axis is None else given[axis] for axis in taken.axes)
 
     def value(self, call: Call, known: Knowledge) -> Value:
         value, taken = known.value(call.first), picked(call)
         if value is None or taken is None:
             return None
-        items = _items(call.arg(1, "index"), value.dim()) or []
-        if any(isinstance(item, (fx.Node, list)) for item in items):
+        if any(isinstance(item, (fx.Node, list)) for item in taken.items):
             if not value.is_floating_point():
                 return None
+            value = _along_parts(value, taken)
             if taken.fixed:  # known where all positions are the same
                 low, value = (f(value, tuple(taken.fixed), True) for f in (torch.amin, torch.amax))
                 value = torch.where(low == value, value, torch.nan)
             return value.reshape([1 if a is None else value.shape[a] for a in taken.axes])
-        axis = 0
+        axis, items = 0, list(taken.items)
         for at, item in enumerate(items):
             if item is not None:
                 if value.shape[axis] == 1:
@@ -160,11 +204,11 @@ class GetItem(Rule):
 
 
 @rule("setitem")
-class SetItem(Rule):
-    """``x[index] = value``: what is written has the axes that are taken whole, as x has."""
+class SetItem(Indexing):
+    """``x[index] = value``: what is written has the axes that are taken, as x has."""
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
-        taken, shape = picked(call), call.shape
+        taken = picked(call)
         if taken is None:
             return OPAQUE.labels(call, axes, space, "is written in a way without a rule")
         _pin_picked(call, taken, axes, space)
@@ -173,26 +217,57 @@ class SetItem(Rule):
             result[axis] = None
         written = call.arg(2, "value")
         if isinstance(written, fx.Node):
-            sizes, given = shape_of(written), axes(written)
-            for back in range(1, len(sizes) + 1):
-                target = taken.axes[-back] if back <= len(taken.axes) else None
-                if target is None:
-                    space.pin(given[-back], call.node, "is written to positions by number")
-                elif sizes[-back] == shape[target]:
-                    result[target] = space.tie(
-                        result[target], given[-back], call.node, "is written to a fixed size"
-                    )
+            self._tie_written(call, written, taken, result, axes, space)
         return tuple(result)
 
+    def _tie_written(
+        self, call: Call, written: fx.Node, taken: Picked, result: list[Axis], axes: AxesOf,
+        space: LabelSpace,
+    ) -> None:  # fmt: skip
+        sizes, given, shape = shape_of(written), axes(written), call.shape
+        for back in range(1, len(sizes) + 1):
+            target = taken.axes[-back] if back <= len(taken.axes) else None
+            if target is None:
+                space.pin(given[-back], call.node, "is written to positions by number")
+                continue
+            there, part = result[target], taken.parts.get(target, slice(None))
+            if sizes[-back] == len(range(shape[target])[part]):
+                piece = None if there is None else there[part]
+                tied = space.tie(piece, given[-back], call.node, "is written to a fixed size")
+                result[target] = there if target in taken.parts else tied
+
     def value(self, call: Call, known: Knowledge) -> Value:
-        """Known where what was there and what is written are the same."""
         before, taken, written = known.value(call.first), picked(call), call.arg(2, "value")
         value = known.value(written) if isinstance(written, fx.Node) else torch.tensor(written)
-        if before is None or value is None or taken is None or value.dim() > len(taken.axes):
-            return None
-        if not before.is_floating_point():
+        if taken is None or value is None or value.dim() > len(taken.axes):
             return None
         value = value.reshape([1] * (len(taken.axes) - value.dim()) + list(value.shape))
+        if taken.by_number():
+            return self._overwritten(call, before, value, taken)
+        return None if before is None else self._unchanged(before, value, taken)
+
+    def _overwritten(self, call: Call, before: Value, value: torch.Tensor, taken: Picked) -> Value:
+        """What was there, with what is written in its place."""
+        if before is None:
+            before = torch.full((1,) * len(call.shape), torch.nan, dtype=torch.float64)
+        sizes = list(before.shape)
+        for at, axis in enumerate(taken.axes):
+            if axis is not None and value.shape[at] > 1:
+                sizes[axis] = call.shape[axis]
+        for axis in (*taken.parts, *taken.fixed):
+            sizes[axis] = call.shape[axis]
+        if prod(sizes) > LARGEST_VALUE or not before.is_floating_point():
+            return None
+        result = before.expand(sizes).clone()
+        items = [i if size > 1 else 0 if isinstance(i, int) else slice(None)
+                 for i, size in zip(taken.items, sizes, strict=True)]  # fmt: skip
+        result[tuple(items)] = value.to(result.dtype)
+        return None if bool(result.isnan().all()) else result
+
+    def _unchanged(self, before: torch.Tensor, value: torch.Tensor, taken: Picked) -> Value:
+        """Known where what was there and what is written are the same."""
+        if not before.is_floating_point() or taken.parts:
+            return None
         sizes = [1] * before.dim()
         for at, axis in enumerate(taken.axes):
             if axis is not None:

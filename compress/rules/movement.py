@@ -244,7 +244,11 @@ class Unbind(Rule):
 
 @rule("expand", "expand_as", "broadcast_to")
 class Expand(Rule):
-    """Repeats axes of size 1; the others pass."""
+    """Repeats axes of size 1; the others pass.
+
+    What says where to look (indices, masks) is the same along a repeated axis: it may be repeated
+    less often, with what it is said of.
+    """
 
     def given_sizes(self, call: Call) -> dict[int, int]:
         sizes = () if call.name == "expand_as" else call.rest(1, "size")
@@ -254,10 +258,16 @@ class Expand(Rule):
         return True
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
-        given, before = axes(call.first), shape_of(call.first)
+        before: tuple[int | None, ...] = shape_of(call.first)
         new = len(call.shape) - len(before)
-        sizes = zip(given, before, call.shape[new:], strict=True)
-        return (*[None] * new, *(a if b == s else None for a, b, s in sizes))
+        given = [None] * new + list(axes(call.first))
+        before = (None,) * new + before
+        dtype: torch.dtype = call.node.meta["dtype"]
+        says_where = not (dtype.is_floating_point or dtype.is_complex)
+        for i, size in enumerate(call.shape):
+            if size != before[i]:
+                given[i] = space.created(size, call.node) if says_where and size > 1 else None
+        return tuple(given)
 
     def value(self, call: Call, known: Knowledge) -> Value:
         value = known.value(call.first)
@@ -321,7 +331,8 @@ class Repeat(Rule):
 
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         given, each = axes(call.first), call.name == "repeat_interleave"
-        regular = isinstance(call.arg(1, "repeats"), int) and call.arg(2, "dim") is not None
+        along = call.arg(2, "dim") is not None or len(given) == 1
+        regular = isinstance(call.arg(1, "repeats"), int) and along
         if each and not regular:
             return OPAQUE.labels(call, axes, space)
         new: list[Axis] = [None] * (len(call.shape) - len(given))

@@ -159,6 +159,10 @@ class Rule:
         """Axes of the first tensor that the caller's numbers take apart, with the sizes of each."""
         return []
 
+    def picks(self, call: Call) -> dict[int, np.ndarray]:
+        """The axes of the first tensor of which the caller's numbers take some positions: these."""
+        return {}
+
     def makes(self, call: Call) -> list[Units]:
         """For calls that make new units (channels, features) with weights: where they lie."""
         return []

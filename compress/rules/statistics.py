@@ -226,20 +226,28 @@ class NormOverFeatures(Rule):
         return tuple(result)
 
     def value(self, call: Call, known: Knowledge) -> Value:
-        """Where the weight is 0, the bias; where the input is 0, RMSNorm gives 0."""
-        vectors = [v for node in self.vectors(call) if (v := known.value(node)) is not None]
-        if not vectors or len(vectors) < len(self.vectors(call)):
+        """The bias where the weight is 0, and where what it scales is 0: see `_centred_zeros`."""
+        rank = len(call.arg(1, "normalized_shape"))
+        weight, bias = (
+            torch.tensor(default).double() if node is None else known.value(node)
+            for node, default in ((call.arg(2, "weight"), 1.0), (self._bias(call), 0.0))
+        )
+        if bias is None:
             return None
-        weight, bias = vectors[0], (*vectors[1:], torch.zeros_like(vectors[0]))[0]
-        if weight.dim() != 1:
-            return None
-        zero = torch.eq(weight, 0)
-        if call.name == "rms_norm":
-            zero = zero | torch.from_numpy(zero_positions(known, call.first, -1))
-        if not bool(zero.any()):
-            return None
-        found = torch.where(zero, bias, torch.nan)
-        return found.reshape([1] * (len(call.shape) - 1) + [-1])
+        zero = torch.zeros([1] * len(call.shape), dtype=torch.bool)
+        if weight is not None:
+            zero = zero | (weight == 0)
+        value = known.value(call.first)
+        if value is not None and value.is_floating_point():
+            zero = zero | self._centred_zeros(value, tuple(range(-rank, 0)))
+        return torch.where(zero, bias, torch.nan) if bool(zero.any()) else None
+
+    def _bias(self, call: Call) -> fx.Node | None:
+        return None if call.name == "rms_norm" else call.arg(3, "bias")
+
+    def _centred_zeros(self, value: torch.Tensor, lane: tuple[int, ...]) -> torch.Tensor:
+        """Bool, broadcasts to a known input: where it and what the norm takes off it are 0."""
+        raise NotImplementedError
 
     def live(self, call: Call, decision: Decision) -> np.ndarray | None:
         return np.atleast_1d(decision.live(call.node, -1).any())
@@ -288,6 +296,9 @@ class LayerNorm(NormOverFeatures):
         back = (0, rank - 1, *range(1, rank - 1))
         return True if orders == [there, back] and len(inside) == 2 else None
 
+    def _centred_zeros(self, value: torch.Tensor, lane: tuple[int, ...]) -> torch.Tensor:
+        return torch.eq(value, 0).all(dim=lane, keepdim=True)  # other constants leave rounding
+
     def _owns_its_weights(self, call: Call, owner: nn.LayerNorm) -> bool:
         prefix = f"{call.module}." if call.module else ""
         own = [f"{prefix}{name}" for name, p in owner.named_parameters(recurse=False)]
@@ -314,6 +325,9 @@ class RMSNorm(NormOverFeatures):
 
     def is_plain(self, call: Call) -> bool:
         return type(call.owner) is nn.RMSNorm
+
+    def _centred_zeros(self, value: torch.Tensor, lane: tuple[int, ...]) -> torch.Tensor:
+        return torch.eq(value, 0)
 
     def _epsilon(self, call: Call) -> str | None:
         """The module's attribute that holds the epsilon."""

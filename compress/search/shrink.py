@@ -8,7 +8,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -69,12 +68,11 @@ class Shrinker:
     def learns(self, several: Iterable[Masks]) -> bool:
         """Whether the graph learns anything when the model is cut under some masks."""
         assert self.graph is not None, "whole filters are masked"
-        before = self.graph.root, len(self.graph.space.equal_parts)
+        before = self.graph.experience()
         with torch.inference_mode(False):
             for masks in several:
                 self._cut(masks).undo()
-        same = np.array_equal(before[0], self.graph.root)
-        return not same or before[1] != len(self.graph.space.equal_parts)
+        return self.graph.experience() != before
 
     def masked(self, masks: Masks) -> Small:
         """A copy of the model with its masks written into the weights."""

@@ -21,6 +21,9 @@ from compress.rules.registry import Read, Rule
 from compress.speedup.knowledge import Knowledge
 
 _CELL = "is where a kept row and a kept column meet at"
+_LINE = "has a kept cell at"
+_EVENS = "evens out the parts at"
+_DEEPEST = 4  # how many reasons one reason may be explained by
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class Decision:
         self.reads: dict[fx.Node, list[Read]] = {}
         self._reasons: list[tuple[str, fx.Node | None]] = [("is in use", None)]
         self._blame = np.zeros(self.graph.space.size, np.int64)  # index of the reason, by root
+        self._because = np.zeros(
+            self.graph.space.size, np.int64
+        )  # which label asked for it, by root
         self._last_live: dict[fx.Node, bytes] = {}
         self._sizes: dict[int, int] = {}
         self._grow_from_reads()
@@ -144,9 +150,8 @@ class Decision:
 
     def _close_grid(self, grid: Grid) -> bool:
         cells = self.kept(grid.cells)
-        where = "has a kept cell at"
-        changed = self._restore(grid.rows[cells.any(1)], where, grid.node)
-        changed |= self._restore(grid.columns[cells.any(0)], where, grid.node)
+        changed = self._restore(grid.rows[cells.any(1)], _LINE, grid.node)
+        changed |= self._restore(grid.columns[cells.any(0)], _LINE, grid.node)
         wanted = self.kept(grid.rows)[:, None] & self.kept(grid.columns)
         return self._restore(grid.cells[wanted], _CELL, grid.node) or changed
 
@@ -164,7 +169,12 @@ class Decision:
         ]
         if not lacking:
             return False
-        return self._restore(np.concatenate(lacking), "evens out the parts at", equal.node)
+        found = np.concatenate(lacking)
+        fullest = int(np.argmax(np.where(alive, counts, -1)))
+        there = equal.parts[fullest][kept[fullest]]
+        self._because[self.root[found]] = there[-1] if len(there) else 0
+        evens = "is counted together with other units at" if equal.counted else _EVENS
+        return self._restore(found, evens, equal.node)
 
     def _some(self, gone: Labels, wanted: int) -> Labels:
         """So many labels to restore; of a grid only one, as others come back with it."""
@@ -237,25 +247,50 @@ class Decision:
         pins = -1 - self.graph.nearest_pin[labels]
         return np.asarray(np.where(roots == 0, pins, self._blame[roots]))
 
-    def _line_reason(self, label: int) -> str:
-        """Why the column (or else the row) of a grid's cell stays."""
-        for grid in self.graph.space.grids:
-            for row, column in np.argwhere(self.root[grid.cells] == self.root[label])[:1].tolist():
-                for name, line in (("column", grid.columns[column]), ("row", grid.rows[row])):
-                    if self._reasons[self._blame[self.root[line]]][0] != "has a kept cell at":
-                        return f": its {name} {self.reason(int(line))}"
-        return ""
+    # -- why -------------------------------------------------------------------------------
 
     def reason(self, label: int) -> str | None:
         """Why a label stays (a clause that follows "it"), or None if it goes."""
+        return self._reason(label) if self.keep[self.root[label]] else None
+
+    def _reason(self, label: int, depth: int = 0) -> str:
         root = int(self.root[label])
-        if not self.keep[root]:
-            return None
-        if root != 0:
-            reason, node = self._reasons[self._blame[root]]
-            text = reason if node is None else f"{reason} {location(node)}"
-            return text if reason != _CELL else text + self._line_reason(label)
-        return self.graph.pin_reason(label)
+        if root == 0:
+            return self.graph.pin_reason(label)
+        reason, node = self._reasons[self._blame[root]]
+        text = reason if node is None else f"{reason} {location(node)}"
+        if depth < _DEEPEST and reason == _CELL:
+            text += self._line_reason(label, depth)
+        if depth < _DEEPEST and reason == _LINE:
+            text = self._cell_reason(label, depth) or text
+        if depth < _DEEPEST and self._because[root]:
+            text += f", where one {self._reason(int(self._because[root]), depth + 1)}"
+        return text
+
+    def _line_reason(self, label: int, depth: int) -> str:
+        """Why the row and the column of a grid's cell stay: first that which could go at all."""
+        for grid in self.graph.space.grids:
+            for row, column in np.argwhere(self.root[grid.cells] == self.root[label])[:1].tolist():
+                lines = {"row": int(grid.rows[row]), "column": int(grid.columns[column])}
+                names = sorted(lines, key=lambda name: self.root[lines[name]] == 0)
+                if self._is_cell(lines[names[0]]):  # it says the rest
+                    names = names[:1]
+                clauses = [f"its {name} {self._reason(lines[name], depth + 1)}" for name in names]
+                return f": {', and '.join(clauses)}"
+        return ""
+
+    def _is_cell(self, label: int) -> bool:
+        return bool(self._reasons[self._blame[self.root[label]]][0] == _CELL)
+
+    def _cell_reason(self, label: int, depth: int) -> str:
+        """Which kept cell of a row or column keeps it, if not one that it keeps itself."""
+        for grid in self.graph.space.grids:
+            for lines, cells in ((grid.rows, grid.cells), (grid.columns, grid.cells.T)):
+                for at in np.flatnonzero(self.root[lines] == self.root[label])[:1].tolist():
+                    for cell in cells[at][self.kept(cells[at])].tolist():
+                        if self.root[cell] == 0 or not self._is_cell(cell):
+                            return f"has a kept cell that {self._reason(cell, depth + 1)}"
+        return ""
 
 
 def wholly_masked(knowledge: Knowledge) -> np.ndarray:

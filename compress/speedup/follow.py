@@ -87,14 +87,15 @@ class Follower:
             return
         if not mismatch.numbers and self._equalise_all(node, self._given):
             return
-        if _pin_sizes(decision, node, reason):
-            for other in self._same_line(node):
-                _pin_sizes(decision, other, reason)
+        for pin in (_pin_picks, _pin_sizes):
+            if pin(decision, node, reason):
+                for other in self._same_line(node):
+                    pin(decision, other, reason)
+                return
+        there = f"{_REASON} ({mismatch.got} at {location(node)})"
+        if mismatch.numbers and _pin_size_reads(decision, node, there, mismatch.numbers):
             return
-        module = node.meta["module"]
-        if mismatch.numbers and _pin_size_reads(decision, module, reason, mismatch.numbers):
-            return
-        if not _pin_size_reads(decision, module, reason):
+        if not _pin_size_reads(decision, node, there):
             self._pin_call(node, reason)
 
     def _set_more(self, decision: Decision, mismatch: Mismatch) -> bool:
@@ -215,7 +216,8 @@ class Follower:
             fixed = self.graph.space.tie(left, right, other, _REASON)
             assert fixed is None
             return self.graph.renew()
-        self.graph.space.equal_parts.append(EqualParts(np.stack([left, right]), other))
+        parts = np.stack([left, right])
+        self.graph.space.equal_parts.append(EqualParts(parts, other, counted=True))
         return True
 
     def _equalise_all(self, node: fx.Node, parts_of: PartsOf) -> bool:
@@ -240,8 +242,8 @@ class Follower:
                     continue
                 self._coupled.add(key)
                 if (self.graph.root[one] != self.graph.root[parts]).any():
-                    both = EqualParts(np.concatenate([one[None], parts]), node)
-                    self.graph.space.equal_parts.append(both)
+                    parts = np.concatenate([one[None], parts])
+                    self.graph.space.equal_parts.append(EqualParts(parts, node, counted=True))
                     return True
         return False
 
@@ -353,23 +355,35 @@ def _one_shape(node: fx.Node) -> bool:
 
 
 def _pin_size_reads(
-    decision: Decision, module: str, reason: str, numbers: Mapping[float, float] | None = None
+    decision: Decision, at: fx.Node, reason: str, numbers: Mapping[float, float] | None = None
 ) -> bool:
-    """Keep the sizes that a module's forward reads off its tensors; returns whether that was news.
+    """Keep the sizes that a module's forward has read by a call; returns whether that was news.
 
     ``b, n, c = x.shape`` and later ``y.reshape(b, n, c)``: the size of x is counted as one of y.
     With ``numbers``, only those sizes that change as one of these does: ``x / c**0.5`` has another
     number, but ``x / torch.tensor(c).sqrt()`` tells which it is.
     """
-    news = False
+    news, nodes = False, decision.graph.trace.nodes
+    made = set(nodes[: nodes.index(at)])
     for node, where in decision.graph.trace.size_reads:
+        if where != at.meta["module"] or node not in made:
+            continue
         shape, expected = node.meta["shape"], expected_shape(decision, node)
-        if where == module and shape != expected and _one_shape(node):
+        if shape != expected and _one_shape(node):
             axes = [i for i, size in enumerate(shape) if size != expected[i]]
             if numbers is not None:
                 axes = [i for i in axes if numbers.get(shape[i]) == expected[i]]
             news |= bool(axes) and decision.graph.pin(node, axes, reason)
     return news
+
+
+def _pin_picks(decision: Decision, node: fx.Node, reason: str) -> bool:
+    """Keep the axes of which the code takes positions by number; returns whether that was news."""
+    call = Call(node)
+    for axis in rule_for(call.name).picks(call):
+        labels = decision.graph.axis(call.first, axis)
+        decision.graph.space.pin(labels, node, "is sliced at a fixed position")
+    return decision.graph.renew()
 
 
 def _pin_sizes(decision: Decision, node: fx.Node, reason: str) -> bool:

@@ -90,6 +90,17 @@ class Knowledge:
             self._patterns[node] = found
         return found
 
+    def used(self, node: fx.Node, axes: tuple[int, int]) -> np.ndarray:
+        """Bool (d0, d1): whether any weight at these positions of two axes is not 0."""
+        if axes == (0, 1):
+            return self.pattern(node)
+        found = np.zeros([node.meta["shape"][axis] for axis in axes], bool)
+        (over,) = set(range(len(node.meta["shape"]))) - set(axes)
+        for position in range(node.meta["shape"][over]):  # a part at a time: they are large
+            part = self.leaf(node, over, np.array([position])).squeeze(over) != 0
+            found |= (part if axes[0] < axes[1] else part.T).cpu().numpy()
+        return found
+
     def forget(self) -> None:
         """Drop what only a decision needs: a byte for each weight that has values."""
         self._patterns.clear()

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
+import numpy as np
 from torch import Tensor, fx, nn
 
 from compress.graph.jumps import Settled
@@ -156,6 +158,11 @@ class _Held(Watch):
         if before.meta["name"] != name or expected_shape(self._decision, before) != shape:
             return True
         call, rule = Call(before), rule_for(name)
+        picked = [self._decision.graph.axis(call.first, axis) for axis in rule.picks(call)]
+        if any(a is not None and self._decision.size(a) < len(a) for a in picked):
+            return True
+        if picked and _numbers((before.args, before.kwargs), True) != _numbers(given, True):
+            return True
         if rule.sized(call) or rule.makes(call):
             return False
         same = _numbers((before.args, before.kwargs)) == _numbers(given)
@@ -177,13 +184,29 @@ def _difference(decision: Decision, numbers: Numbers, before: fx.Node, after: fx
     if expected != got:
         return f"{before.meta['name']} gives {got} instead of {expected}"
     call, rule = Call(before), rule_for(before.meta["name"])
+    if not same_picks(decision, before, after):
+        return f"{before.meta['name']} takes other positions"
     if rule.sized(call) or rule.makes(call):
         return ""  # its numbers are sizes and groups, which the shapes tell
-    if _changed_numbers(before, after, numbers) or len(_numbers_of(before)) != len(
-        _numbers_of(after)
-    ):
+    same_count = len(_numbers_of(before)) == len(_numbers_of(after))
+    if _changed_numbers(before, after, numbers) or not same_count:
         return f"{before.meta['name']} computes with another number"
     return ""
+
+
+def same_picks(decision: Decision, before: fx.Node, after: fx.Node) -> bool:
+    """Whether the positions that a call takes by number are what is left of those of before."""
+    rule, call = rule_for(before.meta["name"]), Call(before)
+    picked = rule.picks(call)
+    again = rule.picks(Call(after)) if picked else {}
+    for axis, positions in picked.items():
+        labels = decision.graph.axis(call.first, axis)
+        stays = np.ones(call.first.meta["shape"][axis], bool)
+        stays = stays if labels is None else decision.kept(labels)
+        expected = (np.cumsum(stays) - 1)[positions][stays[positions]]
+        if axis not in again or not np.array_equal(expected, again[axis]):
+            return False
+    return True
 
 
 def _changed_numbers(before: fx.Node, after: fx.Node, planned: Numbers) -> dict[float, float]:
@@ -193,15 +216,18 @@ def _changed_numbers(before: fx.Node, after: fx.Node, planned: Numbers) -> dict[
     return {old: new for old, new in pairs if allowed.get(old, old) != new}
 
 
-def _numbers(arguments: Any) -> list[float]:
-    """The numbers among the arguments of a call, in order; slices are sizes."""
+def _numbers(arguments: Any, bounds: bool = False) -> list[float]:
+    """The numbers among the arguments of a call, in order; with ``bounds`` those of slices, too."""
     if isinstance(arguments, (int, float)):
         return [arguments]
     if isinstance(arguments, Mapping):
         arguments = arguments.values()
+    elif bounds and isinstance(arguments, slice):
+        given = (arguments.start, arguments.stop, arguments.step)
+        arguments = [inf if bound is None else bound for bound in given]
     elif not isinstance(arguments, (tuple, list)):
         return []
-    return [number for each in arguments for number in _numbers(each)]
+    return [number for each in arguments for number in _numbers(each, bounds)]
 
 
 def _numbers_of(node: fx.Node) -> list[float]:
