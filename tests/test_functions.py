@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
-from compress import ModelSpeedup
+from compress import L1FilterPruner, ModelSpeedup
 from compress.errors import SpeedupError
 
 CHANNELS, GONE = 8, [1, 5]
@@ -101,6 +101,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "chunk": lambda x: torch.cat(torch.cat([x, x], 1).chunk(2, 1)[::-1], 1),
     "split": lambda x: torch.cat([x, x * 2], 1).split(x.shape[1], 1)[1],
     "unbind": lambda x: sum(x.unbind(2)),
+    "larger of two": lambda x: torch.max(x, x * 0.5) + torch.min(x.relu(), x.exp() - 1),
     "stack": lambda x: torch.stack([x, x * 2], 2).flatten(2, 3),
     "stack to channels": lambda x: torch.stack([x, x * 2], 2).flatten(1, 2),
     "repeat": lambda x: x.repeat(1, 2, 1, 1),
@@ -334,6 +335,24 @@ def test_features_of_a_tied_table_go_from_both_ends():
     assert model.table.weight is model.head.weight
     assert model.table.weight.shape == (9, 6)
     assert (model.mix.in_features, model.mix.out_features) == (6, 6)
+
+
+class TurnedLinear(nn.Linear):
+    """A linear layer that says itself what one is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def test_a_product_with_a_transposed_weight_is_a_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), TurnedLinear(8, 8), nn.ReLU(), TurnedLinear(8, 3))
+    randomise(model)
+    config = [{"sparsity": 0.5, "op_names": ["0", "1"]}]
+    options = {"mode": "dependency_aware", "dummy_input": torch.randn(2, 5)}
+    masks = L1FilterPruner(model, config, **options).calc_masks()
+    check_exact(model, torch.randn(4, 5), {path: dict(each) for path, each in masks.items()})
+    assert [model[i].weight.shape for i in (0, 1, 3)] == [(4, 5), (4, 4), (3, 4)]
 
 
 def test_bilinear_loses_inputs_and_outputs():

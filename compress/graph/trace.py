@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -377,6 +378,12 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
         members = list(getattr(value, "__dict__", {}).values())
     for member in members:
         yield from tensors_in(member, depth + 1)
+
+
+def raised_by_users_code(error: BaseException) -> bool:
+    """Whether an error comes from code that is neither torch's nor ours: an assertion, say."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return not frame.f_code.co_filename.startswith(_SKIPPED)
 
 
 def _source() -> tuple[str, int] | None:

@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from compress.graph.labels import Axes, Axis, LabelSpace
-from compress.graph.shapes import per_position
+from compress.graph.shapes import along, per_position
 from compress.rules.contraction import Contraction, Geometry
+from compress.rules.movement import Permute
 from compress.rules.registry import (
     OPAQUE,
     Call,
@@ -26,6 +27,7 @@ from compress.rules.registry import (
     Value,
     each_axis,
     rule,
+    rule_for,
     shape_of,
 )
 
@@ -66,9 +68,21 @@ def zero_positions(known: Knowledge, node: fx.Node, axis: int) -> np.ndarray:
     return np.asarray((per_position(value, axis, size) == 0).numpy())
 
 
+def turned_back(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The matrix that a node is the transpose of, for one reader, and true; else itself."""
+    if node.op == "call_function" and len(shape_of(node)) == 2 and len(node.users) == 1:
+        call = Call(node)
+        if isinstance(rule_for(call.name), Permute) and Permute().order(call) == (1, 0):
+            return call.first, True
+    return node, False
+
+
 @rule("matmul", "bmm", "mm", "addmm", "baddbmm")
 class MatMul(Contraction):
-    """``x @ weight`` with a parameter of shape (in, out), or a product of two activations."""
+    """A product with a parameter, or of two activations.
+
+    The parameter may be (in, out), or ``x @ weight.T`` with one of (out, in).
+    """
 
     def operands(self, call: Call) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         if call.name in ("addmm", "baddbmm"):
@@ -82,13 +96,18 @@ class MatMul(Contraction):
             len(call.node.args) + len(call.node.kwargs) == 3
         )
         plain_bias = bias is None or len(shape_of(bias)) == 1
-        return (other.op == "get_attr" and len(shape_of(other)) == 2 and len(shape_of(x)) > 1) and (
-            simple and plain_bias
-        )
+        weight, _ = turned_back(other)
+        matrix = weight.op == "get_attr" and len(shape_of(other)) == 2
+        return matrix and len(shape_of(x)) > 1 and simple and plain_bias
 
     def geometry(self, call: Call) -> Geometry:
-        x, weight, bias = self.operands(call)
-        return Geometry(x, weight, bias, 1, channel=-1, weight_in=0, weight_out=1, at_border=False)
+        x, other, bias = self.operands(call)
+        weight, turned = turned_back(other)
+        inputs, out = (1, 0) if turned else (0, 1)
+        return Geometry(
+            x, weight, bias, 1,
+            channel=-1, weight_in=inputs, weight_out=out, at_border=False,
+        )  # fmt: skip
 
     def makes(self, call: Call) -> list[Units]:
         return super().makes(call) if self.has_weight(call) else []
@@ -159,6 +178,42 @@ def summed_reads(known: Knowledge, sides: list[tuple[fx.Node, int]]) -> Iterator
         labels = known.axis(node, axis)
         if labels is not None:
             yield Read(labels, needed)
+
+
+@rule("grouped_mm")
+class GroupedMatMul(Rule):
+    """Rows of x (rows, in), group by group, times the group's matrix of (groups, in, out)."""
+
+    def operands(self, call: Call) -> tuple[fx.Node, fx.Node] | None:
+        """x and the matrices; None for the other forms, which are opaque."""
+        x, other = call.arg(0, "mat_a"), call.arg(1, "mat_b")
+        plain = call.arg(3, "bias") is None and len(shape_of(x)) == 2 and len(shape_of(other)) == 3
+        return (x, other) if plain else None
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
+        operands = self.operands(call)
+        if operands is None:
+            return OPAQUE.labels(call, axes, space)
+        x, other = operands
+        space.tie(axes(x)[1], axes(other)[1], call.node, "is summed over in grouped_mm")
+        space.pin(axes(other)[0], call.node, "is a group of grouped_mm")
+        return axes(x)[0], axes(other)[2]
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        """Columns that are 0 in all groups."""
+        operands = self.operands(call)
+        if operands is None:
+            return None
+        zero = zero_positions(known, operands[1], 2)
+        return along(torch.from_numpy(np.where(zero, 0.0, np.nan)), 1, 2) if zero.any() else None
+
+    def reads(self, call: Call, known: Knowledge, live: np.ndarray | None) -> Iterator[Read]:
+        for sides in self.summed(call):
+            yield from summed_reads(known, sides)
+
+    def summed(self, call: Call) -> list[list[tuple[fx.Node, int]]]:
+        operands = self.operands(call)
+        return [] if operands is None else [[(operands[0], 1), (operands[1], 1)]]
 
 
 @rule("scaled_dot_product_attention")

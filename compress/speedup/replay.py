@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress.graph.jumps import Settled
 from compress.graph.run import run_recorded
-from compress.graph.trace import Recorder
+from compress.graph.trace import Recorder, raised_by_users_code
 from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
 
@@ -27,7 +27,8 @@ class Mismatch:
     """The first call (the ``index``-th) at which the re-run leaves the plan, and how.
 
     ``numbers``: the numbers among its arguments that are others now, by what they were. ``shape``:
-    that of what it gave; None where it gave nothing.
+    that of what it gave; None where it gave nothing. ``raised_in``: the module whose own code,
+    before the call, refused a size.
     """
 
     node: fx.Node
@@ -35,6 +36,7 @@ class Mismatch:
     got: str
     numbers: dict[float, float] = field(default_factory=dict)
     shape: Any = None
+    raised_in: str | None = None
 
 
 def expected_shape(decision: Decision, node: fx.Node) -> Any:
@@ -76,11 +78,12 @@ def replay(
     exact = decision.knowledge.constants == "exact"
     jumps = Settled(graph.trace.jumps, None if exact else float("inf"))
     on_meta = graph.trace.on_meta
-    recorder, error = Recorder(on_meta, None if on_meta else jumps), ""
+    recorder, error, raised_in = Recorder(on_meta, None if on_meta else jumps), "", None
     try:
         run_recorded(model, dummy_input, graph.trace.training, recorder)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}".splitlines()[0]
+        raised_in = recorder.module_path if raised_by_users_code(caught) else None
     calls, again = _calls(graph.trace.nodes), _calls(recorder.graph.nodes)
     for index, (before, after) in enumerate(zip(calls, again, strict=False)):
         got = _difference(decision, numbers, before, after)
@@ -89,7 +92,7 @@ def replay(
             return Mismatch(before, index, got, changed, after.meta["shape"])
     if (error and not graph.trace.partial) or len(again) != len(calls):
         index = min(len(again), len(calls) - 1)
-        return Mismatch(calls[index], index, error or "it takes another path")
+        return Mismatch(calls[index], index, error or "it takes another path", raised_in=raised_in)
     return None
 
 
