@@ -7,6 +7,8 @@ import torch
 from oracle import MaskDict, check_exact, randomise
 from torch import Tensor, nn
 
+from compress import L1FilterPruner
+
 GONE = [1, 4, 6]
 
 
@@ -79,3 +81,64 @@ def test_of_unequal_pieces_no_fewer_go_than_of_the_input() -> None:
     masks["1.both"] = rows(model[1].both, [0, 8, 10])  # two of the products are 0
     check_exact(model, torch.randn(4, 5), masks)
     assert model[1].both.weight.shape == (15, 6)
+
+
+class Widening(nn.Module):
+    """Two attributes say whether a layer is there at all."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.width, self.out = width, out
+        self.proj, self.inner = nn.Linear(width, out), nn.Linear(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        if self.width != self.out:
+            x = self.proj(x).view(b, n, self.out)
+        return x + self.inner(x)
+
+
+def test_attributes_that_choose_a_way_are_set_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), Widening(6, 12), nn.Linear(12, 3))
+    randomise(model)
+    gone = [0, 2, 3, 5, 7, 10]
+    masks: MaskDict = {"0": rows(model[0], [1, 2, 4])}
+    masks |= {f"1.{name}": rows(model[1].get_submodule(name), gone) for name in ("proj", "inner")}
+    check_exact(model, torch.randn(2, 4, 5), masks)
+    assert (model[1].width, model[1].out) == (3, 6)  # out became what width was
+    assert model[1].proj.weight.shape == (6, 3)
+
+
+class Windowed(nn.Module):
+    """Heads within windows of places; the window may be as large as a head."""
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads, self.window, self.width = heads, window, width
+        self.head_dim, self.scale = width // heads, (width // heads) ** -0.5
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        windows = n // self.window
+        qkv = self.qkv(x).reshape(b, self.window, windows, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(3, 0, 4, 2, 1, 5).unbind(0)
+        y = ((q * self.scale) @ k.transpose(-1, -2)).softmax(-1) @ v
+        return x + self.out(y.transpose(1, 3).reshape(b, -1, self.width))
+
+
+def test_a_number_that_is_like_a_size_stays_where_another_block_is_set() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), Windowed(16, 1, 16), nn.Linear(16, 32))
+    model.extend([Windowed(32, 2, 4), Windowed(32, 2, 4), nn.Linear(32, 3)])
+    randomise(model)
+    x = torch.randn(2, 16, 5)
+    config = [{"sparsity": 0.5, "op_names": [n for n, m in model.named_modules() if "." in n]}]
+    config[0]["op_names"] += ["0", "2"]
+    pruner = L1FilterPruner(model, config, mode="dependency_aware", dummy_input=x)
+    masks = {path: dict(each) for path, each in pruner.calc_masks().items()}
+    check_exact(model, x, masks, trains=False)
+    assert [model[i].window for i in (1, 3, 4)] == [16, 4, 4]
+    assert [model[i].head_dim for i in (1, 3, 4)] == [8, 8, 8]
+    assert model[5].in_features == 16

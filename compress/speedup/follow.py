@@ -90,7 +90,7 @@ class Follower:
     def answer(self, decision: Decision, mismatch: Mismatch) -> None:
         """Change what is set, or what may go, so that the next try gets further."""
         node, reason = mismatch.node, f"{_REASON} ({mismatch.got})"
-        if mismatch.raised_in is not None and self._set_compared(decision, mismatch.raised_in):
+        if mismatch.decided_in is not None and self._set_compared(decision, mismatch.decided_in):
             return
         split = partial(self._split, decision)
         if self._equalise_all(node, split) or self._set_more(decision, mismatch):
@@ -108,7 +108,7 @@ class Follower:
             self._pin_call(node, reason)
 
     def _set_compared(self, decision: Decision, module: str) -> bool:
-        """Set what a module compares its input with: ``assert x.shape[-1] == self.width``."""
+        """Set what a module compares: ``assert c == self.width``, ``if self.width != self.out``."""
         news = False
         for node, sizes in _sizes_read(decision).get(module, ()):
             held = self._held(module, sizes)
@@ -131,11 +131,11 @@ class Follower:
             return False
         matching = partial(matching_attributes, self.graph, decision)
         wanted = matching(node)
-        news = self._set(wanted, node)
+        news = self._set(wanted, node) or self._set_barred(wanted, node)
         if not news:  # the call is in a method of a part of the module, perhaps
             matching = partial(matching, parts=True)
             wanted = matching(node)
-            news = self._set(wanted, node)
+            news = self._set(wanted, node) or self._set_barred(wanted, node)
         if not news and self._guessed:
             self._guessed = False
             self._tried.clear()
@@ -210,14 +210,16 @@ class Follower:
             if old is None or (old[1] is node and old[0] != attribute):
                 self._tried[key] = attribute, node
                 news = True
-        if not news:  # one of those that were taken back was meant after all
-            meant = {(a.module, a.name): (a, node) for a in wanted}
-            meant = {key: both for key, both in meant.items() if key in self._barred}
-            self._barred -= meant.keys()
-            self._needed |= meant.keys()
-            self._tried |= meant
-            news = bool(meant)
         return news
+
+    def _set_barred(self, wanted: list[Attribute], node: fx.Node) -> bool:
+        """Set what was taken back: for this call it was meant after all."""
+        meant = {(a.module, a.name): (a, node) for a in wanted}
+        meant = {key: both for key, both in meant.items() if key in self._barred}
+        self._barred -= meant.keys()
+        self._needed |= meant.keys()
+        self._tried |= meant
+        return bool(meant)
 
     def _couple(self, wanted: list[Attribute], node: fx.Node) -> bool:
         """Where an attribute was set for another call, let both keep equally many."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from torch import fx, nn
@@ -27,8 +28,8 @@ class Mismatch:
     """The first call (the ``index``-th) at which the re-run leaves the plan, and how.
 
     ``numbers``: the numbers among its arguments that are others now, by what they were. ``shape``:
-    that of what it gave; None where it gave nothing. ``raised_in``: the module whose own code,
-    before the call, refused a size.
+    that of what it gave; None where it gave nothing. ``decided_in``: the module whose own code,
+    before the call, refused a size or went another way.
     """
 
     node: fx.Node
@@ -36,7 +37,7 @@ class Mismatch:
     got: str
     numbers: dict[float, float] = field(default_factory=dict)
     shape: Any = None
-    raised_in: str | None = None
+    decided_in: str | None = None
 
 
 def expected_shape(decision: Decision, node: fx.Node) -> Any:
@@ -78,21 +79,24 @@ def replay(
     exact = decision.knowledge.constants == "exact"
     jumps = Settled(graph.trace.jumps, None if exact else float("inf"))
     on_meta = graph.trace.on_meta
-    recorder, error, raised_in = Recorder(on_meta, None if on_meta else jumps), "", None
+    recorder, error, by_user = Recorder(on_meta, None if on_meta else jumps), "", False
     try:
         run_recorded(model, dummy_input, graph.trace.training, recorder)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}".splitlines()[0]
-        raised_in = recorder.module_path if raised_by_users_code(caught) else None
+        by_user = raised_by_users_code(caught)
     calls, again = _calls(graph.trace.nodes), _calls(recorder.graph.nodes)
     for index, (before, after) in enumerate(zip(calls, again, strict=False)):
         got = _difference(decision, numbers, before, after)
         if got:
             changed = _changed_numbers(before, after, numbers)
-            return Mismatch(before, index, got, changed, after.meta["shape"])
+            way = _parting(before, after.meta["module"], after.meta["source"])
+            return Mismatch(before, index, got, changed, after.meta["shape"], way)
     if (error and not graph.trace.partial) or len(again) != len(calls):
         index = min(len(again), len(calls) - 1)
-        return Mismatch(calls[index], index, error or "it takes another path", raised_in=raised_in)
+        before, module = calls[index], recorder.module_path
+        way = module if by_user else _parting(before, module, before.meta["source"])
+        return Mismatch(before, index, error or "it takes another path", decided_in=way)
     return None
 
 
@@ -113,6 +117,14 @@ def _difference(decision: Decision, numbers: Numbers, before: fx.Node, after: fx
     if _changed_numbers(before, after, numbers) or len(_numbers(before)) != len(_numbers(after)):
         return f"{before.meta['name']} computes with another number"
     return ""
+
+
+def _parting(before: fx.Node, module: str, source: tuple[str, int] | None) -> str | None:
+    """The module that a call and another one in its place ran in, if they are of other code."""
+    if (before.meta["module"], before.meta["source"]) == (module, source):
+        return None
+    pairs = zip(before.meta["module"].split("."), module.split("."), strict=False)
+    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _changed_numbers(before: fx.Node, after: fx.Node, planned: Numbers) -> dict[float, float]:
