@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from compress.errors import TraceError
 from compress.graph.jumps import Jumps
-from compress.graph.trace import Recorder, Trace, tensors_in
+from compress.graph.trace import Made, Recorder, Trace, tensors_in
 from compress.graph.walk import leaves_of, modules_of
 from compress.modules import standing_in
 
@@ -258,12 +258,21 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
     within ``masked()``, where the parameters have the values that count. Errors: ``TraceError``
     where the model does not run on ``dummy_input``; the model's own error is its cause.
     """
+    trace = _record(model, dummy_input, masked, None)
+    if trace.complete:
+        return trace
+    # A tensor came from nowhere: out of a cache of earlier runs, or out of code that we cannot see?
+    with Made() as made:
+        return _record(model, dummy_input, masked, made.memory)
+
+
+def _record(model: nn.Module, dummy_input: Any, masked: Masked, made: set[int] | None) -> Trace:
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"model is a {type(model).__name__}: scripted code runs outside Python and cannot be "
             "recorded; pass the model before torch.jit.script, and script the small one"
         )
-    recorder = Recorder(on_meta=True)
+    recorder = Recorder(on_meta=True, made=made)
     try:
         run_recorded(model, dummy_input, False, recorder)
     except Exception as error:  # it looks at its data, or keeps tensors of its own: run for real
@@ -274,7 +283,7 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
                 "device first."
             ) from error
         with masked():
-            recorder = Recorder(on_meta=False, jumps=Jumps())
+            recorder = Recorder(on_meta=False, jumps=Jumps(), made=made)
             try:
                 run_recorded(model, dummy_input, False, recorder)
             except Exception as caught:
@@ -289,7 +298,7 @@ def _whole_trace(model: nn.Module, dummy_input: Any, recorder: Recorder) -> Trac
         path in recorder.leaves for path, _, kind in leaves_of(model) if kind == "parameter"
     )
     if training:
-        both = Recorder(recorder.on_meta, None if recorder.on_meta else Jumps())
+        both = Recorder(recorder.on_meta, None if recorder.on_meta else Jumps(), recorder.made)
         try:
             run_recorded(model, dummy_input, True, both)
         except Exception:  # a head that is too deep for this input, say: what it got so far stays

@@ -24,6 +24,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.graph.meta import quick_result
 from compress.graph.values import InputValues
@@ -136,12 +137,19 @@ class Recorder(TorchFunctionMode):
 
     With ``on_meta`` new tensors are made on the meta device, and ``values`` are those that the
     inputs decide. ``jumps`` is what keeps the jumps of a run on real tensors, or settles them.
+    ``made`` is the memory of all that the run has computed so far, where that is kept (`Made`).
     """
 
-    def __init__(self, on_meta: bool, jumps: Jumps | Settled | None = None) -> None:
+    def __init__(
+        self,
+        on_meta: bool,
+        jumps: Jumps | Settled | None = None,
+        made: set[int] | None = None,
+    ) -> None:
         super().__init__()
         self.on_meta = on_meta
         self.jumps = jumps
+        self.made = made
         self.values = InputValues()
         self.graph = fx.Graph()
         self.leaves: dict[str, fx.Node] = {}
@@ -285,8 +293,8 @@ class Recorder(TorchFunctionMode):
         """A tensor that no recorded function made: a leaf, or the work of code we cannot see."""
         path, value, kind = self._announced.get(id(tensor), ("", tensor, "unseen"))
         if kind == "unseen":
-            # A scripted function, say: anything may have flowed into it.
-            self.complete = False
+            # A scripted function, say: anything may have flowed into it, if it is of this run.
+            self.complete &= self.made is not None and _memory(tensor) not in self.made
             node = self._call("unseen", read_value, (), {})
         else:
             node = self.graph.create_node("get_attr", path, name=path.replace(".", "_"))
@@ -326,6 +334,29 @@ class Recorder(TorchFunctionMode):
             if node.op == "call_function" and not node.users and node not in used:
                 node.meta["output"] = True
                 self.outputs.append(node)
+
+
+class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keep the memory of all tensors that are computed under this mode, in ``memory``.
+
+    It sees what scripted code does, too. Numbers that become a tensor are not computed from any.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.memory: set[int] = set()
+        self._alive: list[Any] = []  # addresses are unique while their tensors live
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunction():  # that would be recorded
+            result = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.lift_fresh.default:
+            for tensor in tensors_in(result):
+                self.memory.add(_memory(tensor))
+                self._alive.append(tensor)
+        return result
 
 
 def is_output(node: fx.Node) -> bool:

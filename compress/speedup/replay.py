@@ -86,6 +86,8 @@ def replay(
         error = f"{type(caught).__name__}: {caught}".splitlines()[0]
         by_user = raised_by_users_code(caught)
     calls, again = _calls(graph.trace.nodes), _calls(recorder.graph.nodes)
+    if _cached(calls) != _cached(again):  # a table for other sizes than before is made anew
+        calls, again = _computed(calls), _computed(again)
     for index, (before, after) in enumerate(zip(calls, again, strict=False)):
         got = _difference(decision, numbers, before, after)
         if got:
@@ -103,6 +105,20 @@ def replay(
 def _calls(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     calls = (node for node in nodes if node.op == "call_function")
     return [node for node in calls if not rule_for(node.meta["name"]).vanishes]
+
+
+def _cached(calls: list[fx.Node]) -> int:
+    """How many tensors come out of a cache."""
+    return sum(node.meta["name"] == "unseen" for node in calls)
+
+
+def _computed(calls: list[fx.Node]) -> list[fx.Node]:
+    """The calls that inputs or parameters have a part in."""
+    constant: set[fx.Node] = set()
+    for node in calls:
+        if constant.issuperset(node.all_input_nodes):
+            constant.add(node)
+    return [node for node in calls if node not in constant]
 
 
 def _difference(decision: Decision, numbers: Numbers, before: fx.Node, after: fx.Node) -> str:
