@@ -374,7 +374,8 @@ def test_sizes_that_the_code_reads_are_listed_with_their_module() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.:DeprecationWarning")
 def test_code_that_no_trace_can_see_is_noticed() -> None:
     part = torch.jit.trace(nn.ReLU(), pictures())
-    assert not record(Forward(lambda x: part(x) * 2), pictures()).complete
+    looks = Forward(lambda x: part(x) * 2 if x.mean().item() < 9 else x)  # on real tensors
+    assert not record(looks, pictures()).complete
 
 
 def test_what_numpy_is_given_was_looked_at() -> None:
