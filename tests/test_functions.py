@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
-from compress import L1FilterPruner, ModelSpeedup
+from compress import ModelSpeedup
 from compress.errors import SpeedupError
 
 CHANNELS, GONE = 8, [1, 5]
@@ -76,6 +76,20 @@ def attended(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2) @ x.flatten(2)
 
 
+def part_of_new(x: Tensor) -> Tensor:
+    """The upper half of a new tensor is written through a view of it."""
+    y = torch.zeros_like(x)
+    y[:, :, :3].copy_(x[:, :, 3:])
+    return y
+
+
+def added_to_part(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[..., 1:4] += x[..., :3] * 2
+    y[:, :, 2].mul_(0.5)
+    return y
+
+
 def distances(x: Tensor) -> Tensor:
     return torch.cdist(x, x).mean((1, 2))
 
@@ -93,6 +107,14 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2),
     "channel_shuffle": lambda x: F.channel_shuffle(torch.cat([x, x], 1), 2),
     "shuffle by view": lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2),
+    "copy": lambda x: torch.zeros_like(x).copy_(x),
+    "copy to a part": lambda x: part_of_new(x).clone(),
+    "add to a part": lambda x: added_to_part(x),
+    "index_add": lambda x: x.clone().index_add(3, torch.tensor([0, 0, 4]), x[..., 1:4]),
+    "index_copy": lambda x: torch.zeros_like(x).index_copy(2, torch.tensor([3, 5]), x[:, :, 2:4]),
+    "baddbmm by name": lambda x: torch.baddbmm(
+        x[..., 0].new_zeros(1, 1, 6), batch1=x.flatten(2), batch2=torch.ones(len(x), 36, 6).to(x)
+    ),
     "roll places": lambda x: x.roll((1, 2), (2, 3)),
     "flip": lambda x: x.flip(1, 2),
     "rot90": lambda x: x.rot90(1, (2, 3)),
@@ -335,24 +357,6 @@ def test_features_of_a_tied_table_go_from_both_ends():
     assert model.table.weight is model.head.weight
     assert model.table.weight.shape == (9, 6)
     assert (model.mix.in_features, model.mix.out_features) == (6, 6)
-
-
-class TurnedLinear(nn.Linear):
-    """A linear layer that says itself what one is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + self.bias
-
-
-def test_a_product_with_a_transposed_weight_is_a_layer():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), TurnedLinear(8, 8), nn.ReLU(), TurnedLinear(8, 3))
-    randomise(model)
-    config = [{"sparsity": 0.5, "op_names": ["0", "1"]}]
-    options = {"mode": "dependency_aware", "dummy_input": torch.randn(2, 5)}
-    masks = L1FilterPruner(model, config, **options).calc_masks()
-    check_exact(model, torch.randn(4, 5), {path: dict(each) for path, each in masks.items()})
-    assert [model[i].weight.shape for i in (0, 1, 3)] == [(4, 5), (4, 4), (3, 4)]
 
 
 def test_bilinear_loses_inputs_and_outputs():

@@ -269,12 +269,23 @@ class Recorder(TorchFunctionMode):
                 self.complete = False
 
     def _write(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        """``tensor`` was written in place: now it is ``node``; what shares its memory is stale."""
-        for other in self._sharing.get(_memory(tensor), ()):
-            if other is not tensor:
-                self._written[id(other)] = node
+        """``tensor`` was written in place: now it is ``node``; what shares its memory is stale.
+
+        Where it was ``x[index]``, x is now what ``x[index] = node`` makes of it.
+        """
+        before = self._nodes.get(id(tensor))
+        source, index = before.args if before is not None and _is_part(before) else (None, None)
+        sharing = [t for t in self._sharing.get(_memory(tensor), ()) if t is not tensor]
+        whole = [t for t in sharing if self._nodes.get(id(t)) is source is not None]
+        whole = [t for t in whole if id(t) not in self._written]
+        for other in sharing:
+            self._written[id(other)] = node
         self.effects.append(node)
         self._register(node, tensor)
+        for other in whole[:1]:
+            written = self._call("setitem", torch.Tensor.__setitem__, (source, index, node), {})
+            self.effects.append(written)
+            self._register(written, other)
 
     # -- looking up ------------------------------------------------------------------------
 
@@ -357,6 +368,14 @@ class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.memory.add(_memory(tensor))
                 self._alive.append(tensor)
         return result
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node is ``x[index]`` by numbers and slices: a view."""
+    if node.op != "call_function" or node.meta["name"] != "getitem" or node.kwargs:
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index)
 
 
 def is_output(node: fx.Node) -> bool:

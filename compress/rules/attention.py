@@ -86,7 +86,8 @@ class MatMul(Contraction):
 
     def operands(self, call: Call) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         if call.name in ("addmm", "baddbmm"):
-            return call.arg(1, "mat1"), call.arg(2, "mat2"), call.arg(0, "input")
+            names = ("mat1", "mat2") if call.name == "addmm" else ("batch1", "batch2")
+            return call.arg(1, names[0]), call.arg(2, names[1]), call.arg(0, "input")
         second = call.arg(1, "other", call.node.kwargs.get("mat2"))
         return call.first, second, None
 
