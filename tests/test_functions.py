@@ -76,6 +76,20 @@ def attended(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2) @ x.flatten(2)
 
 
+def part_of_new(x: Tensor) -> Tensor:
+    """The upper half of a new tensor is written through a view of it."""
+    y = torch.zeros_like(x)
+    y[:, :, :3].copy_(x[:, :, 3:])
+    return y
+
+
+def added_to_part(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[..., 1:4] += x[..., :3] * 2
+    y[:, :, 2].mul_(0.5)
+    return y
+
+
 def distances(x: Tensor) -> Tensor:
     return torch.cdist(x, x).mean((1, 2))
 
@@ -93,6 +107,14 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2),
     "channel_shuffle": lambda x: F.channel_shuffle(torch.cat([x, x], 1), 2),
     "shuffle by view": lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2),
+    "copy": lambda x: torch.zeros_like(x).copy_(x),
+    "copy to a part": lambda x: part_of_new(x).clone(),
+    "add to a part": lambda x: added_to_part(x),
+    "index_add": lambda x: x.clone().index_add(3, torch.tensor([0, 0, 4]), x[..., 1:4]),
+    "index_copy": lambda x: torch.zeros_like(x).index_copy(2, torch.tensor([3, 5]), x[:, :, 2:4]),
+    "baddbmm by name": lambda x: torch.baddbmm(
+        x[..., 0].new_zeros(1, 1, 6), batch1=x.flatten(2), batch2=torch.ones(len(x), 36, 6).to(x)
+    ),
     "roll places": lambda x: x.roll((1, 2), (2, 3)),
     "flip": lambda x: x.flip(1, 2),
     "rot90": lambda x: x.rot90(1, (2, 3)),
@@ -101,6 +123,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "chunk": lambda x: torch.cat(torch.cat([x, x], 1).chunk(2, 1)[::-1], 1),
     "split": lambda x: torch.cat([x, x * 2], 1).split(x.shape[1], 1)[1],
     "unbind": lambda x: sum(x.unbind(2)),
+    "larger of two": lambda x: torch.max(x, x * 0.5) + torch.min(x.relu(), x.exp() - 1),
     "stack": lambda x: torch.stack([x, x * 2], 2).flatten(2, 3),
     "stack to channels": lambda x: torch.stack([x, x * 2], 2).flatten(1, 2),
     "repeat": lambda x: x.repeat(1, 2, 1, 1),

@@ -948,7 +948,7 @@ class Forgetful(nn.Module):
         self.layers = chain()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x) + random.random()
+        return self.layers(x) + random.SystemRandom().random()
 
 
 def test_a_failed_verification_undoes_everything() -> None:

@@ -416,9 +416,18 @@ def test_sizes_that_the_code_reads_are_listed_with_their_module() -> None:
     assert [(n.meta["name"], module) for n, module, *_ in trace.size_reads] == [("conv2d", "")]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.:DeprecationWarning")
 def test_code_that_no_trace_can_see_is_noticed() -> None:
+    part = torch.jit.trace(nn.ReLU(), pictures())
+    looks = Forward(lambda x: part(x) * 2 if x.mean().item() < 9 else x)  # on real tensors
+    assert not record(looks, pictures()).complete
+
+
+def test_what_numpy_is_given_was_looked_at() -> None:
     trace = record(Forward(lambda x: torch.from_numpy(x.detach().numpy() * 2)), pictures())
-    assert not trace.complete
+    assert trace.complete
+    assert "read_value" in names(trace)
 
 
 def test_a_model_that_does_not_run_is_a_trace_error() -> None:

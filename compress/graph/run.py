@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from compress.errors import TraceError
 from compress.graph.jumps import Jumps
 from compress.graph.trace import Recorder, Trace
+from compress.graph.unseen import Made
 from compress.graph.walk import Modules, leaves_of, modules_of
 from compress.graph.watch import Watch, tensors_in
 from compress.modules import standing_in
@@ -293,12 +294,21 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
     within ``masked()``, where the parameters have the values that count. Errors: ``TraceError``
     where the model does not run on ``dummy_input``; the model's own error is its cause.
     """
+    trace = _record(model, dummy_input, masked, None)
+    if trace.complete:
+        return trace
+    # A tensor came from nowhere: out of a cache of earlier runs, or out of code that we cannot see?
+    with Made() as made:
+        return _record(model, dummy_input, masked, made.memory)
+
+
+def _record(model: nn.Module, dummy_input: Any, masked: Masked, computed: set[int] | None) -> Trace:
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"model is a {type(model).__name__}: scripted code runs outside Python and cannot be "
             "recorded; pass the model before torch.jit.script, and script the small one"
         )
-    recorder = Recorder(on_meta=True)
+    recorder = Recorder(on_meta=True, computed=computed)
     try:
         run_watched(model, dummy_input, recorder)
     except Exception as error:  # it looks at its data, or keeps tensors of its own: run for real
@@ -308,7 +318,7 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
                 f"run so: {type(error).__name__}: {error}. Does it look at its data? Load it to a "
                 "device first."
             ) from error
-        recorder = Recorder(on_meta=False, jumps=Jumps())
+        recorder = Recorder(on_meta=False, jumps=Jumps(), computed=computed)
         with masked():
             try:
                 run_watched(model, dummy_input, recorder)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,13 +93,19 @@ class Recorder(Watch):
     """Turn the torch functions of a run into the nodes of an fx graph.
 
     ``training``: whether a run in train mode is to follow; None: if eval mode does not reach all
-    parameters. ``broken`` is the error that ended it.
+    parameters. ``broken`` is the error that ended it. ``computed`` is the memory of all that the
+    run has computed so far, where that is kept (`Made`).
     """
 
     def __init__(
-        self, on_meta: bool, jumps: Jumps | Settled | None = None, training: bool | None = None
+        self,
+        on_meta: bool,
+        jumps: Jumps | Settled | None = None,
+        training: bool | None = None,
+        computed: set[int] | None = None,
     ) -> None:
         super().__init__(on_meta, jumps)
+        self.computed = computed
         self.broken: Exception | None = None
         self._training = training
         self.graph = fx.Graph()
@@ -218,8 +225,8 @@ class Recorder(Watch):
         """A tensor that no recorded function made: a leaf, or the work of code we cannot see."""
         path, value, kind = self._announced.get(id(tensor), ("", tensor, "unseen"))
         if kind == "unseen":
-            # A scripted function, say: anything may have flowed into it.
-            self.complete = False
+            # A scripted function, say: anything may have flowed into it, if it is of this run.
+            self.complete &= self.computed is not None and memory_of(tensor) not in self.computed
             node = self._call("unseen", read_value, (), {})
         else:
             node = self.graph.create_node("get_attr", path, name=path.replace(".", "_"))
@@ -332,6 +339,12 @@ def location(node: fx.Node) -> str:
     where = f"{source[0].rpartition('/')[2]}:{source[1]}" if source else ""
     module = node.meta["module"] or "the model's forward"
     return f"{module} ({where})" if where else module
+
+
+def raised_by_users_code(error: BaseException) -> bool:
+    """Whether an error comes from code that is neither torch's nor ours: an assertion, say."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return not frame.f_code.co_filename.startswith(_SKIPPED)
 
 
 def _source() -> tuple[str, int] | None:

@@ -68,13 +68,26 @@ def zero_positions(known: Knowledge, node: fx.Node, axis: int) -> np.ndarray:
     return np.asarray((per_position(value, axis, size) == 0).numpy())
 
 
+def turned_back(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The matrix that a node is the transpose of, for one reader, and true; else itself."""
+    if node.op == "call_function" and len(shape_of(node)) == 2 and len(node.users) == 1:
+        call = Call(node)
+        if isinstance(rule_for(call.name), Permute) and Permute().order(call) == (1, 0):
+            return call.first, True
+    return node, False
+
+
 @rule("matmul", "bmm", "mm", "addmm", "baddbmm")
 class MatMul(Contraction):
-    """``x @ weight`` with a parameter of shape (in, out), or a product of two activations."""
+    """A product with a parameter, or of two activations.
+
+    The parameter may be (in, out), or ``x @ weight.T`` with one of (out, in).
+    """
 
     def operands(self, call: Call) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         if call.name in ("addmm", "baddbmm"):
-            return call.arg(1, "mat1"), call.arg(2, "mat2"), call.arg(0, "input")
+            names = ("mat1", "mat2") if call.name == "addmm" else ("batch1", "batch2")
+            return call.arg(1, names[0]), call.arg(2, names[1]), call.arg(0, "input")
         second = call.arg(1, "other", call.node.kwargs.get("mat2"))
         return call.first, second, None
 
@@ -84,13 +97,18 @@ class MatMul(Contraction):
             len(call.node.args) + len(call.node.kwargs) == 3
         )
         plain_bias = bias is None or len(shape_of(bias)) == 1
-        return (other.op == "get_attr" and len(shape_of(other)) == 2 and len(shape_of(x)) > 1) and (
-            simple and plain_bias
-        )
+        weight, _ = turned_back(other)
+        matrix = weight.op == "get_attr" and len(shape_of(other)) == 2
+        return matrix and len(shape_of(x)) > 1 and simple and plain_bias
 
     def geometry(self, call: Call) -> Geometry:
-        x, weight, bias = self.operands(call)
-        return Geometry(x, weight, bias, 1, channel=-1, weight_in=0, weight_out=1, at_border=False)
+        x, other, bias = self.operands(call)
+        weight, turned = turned_back(other)
+        inputs, out = (1, 0) if turned else (0, 1)
+        return Geometry(
+            x, weight, bias, 1,
+            channel=-1, weight_in=inputs, weight_out=out, at_border=False,
+        )  # fmt: skip
 
     def makes(self, call: Call) -> list[Units]:
         return super().makes(call) if self.has_weight(call) else []

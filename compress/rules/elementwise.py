@@ -254,6 +254,24 @@ class Identity(Rule):
         return None if bool(value.isnan().any()) else value.to(call.node.meta["dtype"])
 
 
+@rule("copy")
+class Copy(Rule):
+    """``x.copy_(source)``: x keeps its shape, and nothing else."""
+
+    positional = True
+
+    def labels(self, call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> Axes:
+        return tied_axes(call.inputs, axes, call, space)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        source = call.arg(1, "src", call.node.kwargs.get("other"))
+        value = known.value(source)
+        floats = all(node.meta["dtype"].is_floating_point for node in (call.first, source))
+        if value is None or not floats:
+            return None
+        return value.reshape([1] * (len(call.shape) - value.dim()) + list(value.shape))
+
+
 @rule("contiguous")
 class Contiguous(Identity):
     """A copy, or its very input where that lies in order already: with one head left, say."""

@@ -319,6 +319,38 @@ class Pick(Rule):
         return value.squeeze(dim) if call.name == "select" else value
 
 
+@rule("index_add", "index_copy")
+class WriteRows(Rule):
+    """``x.index_add(dim, index, source)``: of both tensors all axes go together but ``dim``."""
+
+    def parts(self, call: Call) -> tuple[list[fx.Node], int]:
+        """x and the source, and the axis whose positions are named."""
+        dim = normal_axis(call.arg(1, "dim"), len(call.shape))
+        return [call.first, call.arg(3, "source", call.node.kwargs.get("tensor"))], dim
+
+    def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
+        (x, source), dim = self.parts(call)
+        space.pin_all(axes(call.arg(2, "index")), call.node, "says which positions are written")
+        result: list[Axis] = list(axes(x))
+        for i, axis in enumerate(axes(source)):
+            if i == dim:
+                space.pin_all((result[i], axis), call.node, "is written to positions by number")
+                result[i] = None
+            else:
+                reason = "is written to a fixed size"
+                result[i] = space.tie(result[i], axis, call.node, reason)
+        return tuple(result)
+
+    def value(self, call: Call, known: Knowledge) -> Value:
+        """What is 0 before and in the source."""
+        nodes, dim = self.parts(call)
+        values = [known.value(node) for node in nodes]
+        zeros = [(v == 0).all(dim, keepdim=True) for v in values if v is not None]
+        if len(zeros) < len(nodes):
+            return None
+        return torch.where(zeros[0] & zeros[1], 0.0, torch.nan).double()
+
+
 @rule("diagonal")
 class Diagonal(Rule):
     """The diagonal of two axes, as a new last axis."""

@@ -197,6 +197,9 @@ class Split(Rule):
     def part_sizes(self, call: Call, shapes: Any) -> list[int]:
         return [shape[self.dim(call)] for shape in shapes]
 
+    def pieces(self, call: Call) -> tuple[int, list[int]]:
+        return self.dim(call), self.part_sizes(call, call.shapes)
+
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> tuple[Axes, ...]:
         given, dim = axes(call.first), self.dim(call)
         axis = given[dim]

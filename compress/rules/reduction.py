@@ -16,7 +16,7 @@ from torch import fx
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.shapes import normal_axis
 from compress.rules.attention import tie_broadcast, zero_positions
-from compress.rules.elementwise import LARGEST_VALUE, tied_axes
+from compress.rules.elementwise import LARGEST_VALUE, run_on_values, tied_axes
 from compress.rules.registry import OPAQUE, Call, Read, Rule, Value, rule, shape_of
 
 if TYPE_CHECKING:
@@ -150,8 +150,12 @@ class Reduction(Rule):
             return order is None
         return order in (None, "fro") or (isinstance(order, (int, float)) and order > 0)
 
+    def of_two(self, call: Call) -> bool:
+        """Whether it is the larger (or smaller) of two tensors, position by position."""
+        return len(call.inputs) > 1 and call.name in ("max", "min")
+
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
-        if len(call.inputs) > 1 and call.name in ("max", "min"):  # of two tensors
+        if self.of_two(call):
             return tied_axes(call.inputs, axes, call, space)
         if len(call.inputs) > 1:
             return OPAQUE.labels(call, axes, space)
@@ -181,6 +185,8 @@ class Reduction(Rule):
                 yield Read(labels, ~zero if sums else np.ones(len(labels), bool))
 
     def value(self, call: Call, known: Knowledge) -> Any:
+        if self.of_two(call):
+            return run_on_values(call, known)
         value = known.value(call.first)
         if value is None or len(call.inputs) > 1 or not value.is_floating_point():
             return None

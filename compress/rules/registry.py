@@ -155,6 +155,10 @@ class Rule:
         """For calls that take a list of sizes: that list, for outputs of these shapes."""
         return []
 
+    def pieces(self, call: Call) -> tuple[int, list[int]] | None:
+        """For calls that cut an axis of the first tensor into pieces: the axis, their sizes."""
+        return None
+
     def splits(self, call: Call) -> list[tuple[int, tuple[int, ...]]]:
         """Axes of the first tensor that the caller's numbers take apart, with the sizes of each."""
         return []

@@ -38,6 +38,8 @@ class Follower:
         self._hopeless: set[fx.Node] = set()
         self._coupled: set[tuple[tuple[str, str], fx.Node, fx.Node]] = set()
         self._guessed: bool | None = None
+        # Attributes that the module's code compares with a size that it reads.
+        self._compared: set[tuple[str, str]] = set()
         # Attributes that had the value of another, and were not meant; and those that were.
         self._barred: set[tuple[str, str]] = set()
         self._needed: set[tuple[str, str]] = set()
@@ -58,7 +60,7 @@ class Follower:
                 numbers = _changed_by_number(decision, step.call)
                 for tensor, sizes in read.get(step.call.module, ()):
                     if order[tensor] < order[node]:
-                        numbers -= sizes
+                        numbers -= sizes.keys()
                 wanted = matching_attributes(self.graph, decision, node) if numbers else []
                 self._set([a for a in wanted if type(a.old) is not int or a.old in numbers], node)
         self._guessed = bool(self._tried)
@@ -66,6 +68,12 @@ class Follower:
     def attributes(self, decision: Decision) -> list[Attribute]:
         """What to set under a decision: what its call still wants, with the value it now wants."""
         wanted = {
+            (path, attribute.name, node): attribute
+            for path, read in _sizes_read(decision).items()
+            for node, sizes in read
+            for attribute in self._held(path, sizes)
+            if (path, attribute.name) in self._compared
+        } | {
             (attribute.module, attribute.name, node): attribute
             for node in {node for _, node in self._tried.values()}
             for attribute in matching_attributes(self.graph, decision, node, parts=True)
@@ -82,6 +90,8 @@ class Follower:
     def answer(self, decision: Decision, mismatch: Mismatch) -> None:
         """Change what is set, or what may go, so that the next try gets further."""
         node, reason = mismatch.node, f"{_REASON} ({mismatch.got})"
+        if mismatch.decided_in is not None and self._set_compared(decision, mismatch.decided_in):
+            return
         split = partial(self._split, decision)
         if self._equalise_all(node, split) or self._set_more(decision, mismatch):
             return
@@ -98,6 +108,21 @@ class Follower:
         if not _pin_size_reads(decision, node, there):
             self._pin_call(node, reason)
 
+    def _set_compared(self, decision: Decision, module: str) -> bool:
+        """Set what a module compares: ``assert c == self.width``, ``if self.width != self.out``."""
+        news = False
+        for node, sizes in _sizes_read(decision).get(module, ()):
+            held = self._held(module, sizes)
+            self._compared |= {(module, attribute.name) for attribute in held}
+            news |= self._set(held, node)
+        return news
+
+    def _held(self, path: str, sizes: Mapping[int, int]) -> list[Attribute]:
+        """The attributes of a module that hold some of these sizes, with the new ones."""
+        members = vars(self.graph.modules[path]).items()
+        held = [(k, v) for k, v in members if k[:1] != "_" and type(v) is int and v in sizes]
+        return [Attribute(path, name, value, sizes[value]) for name, value in held]
+
     def _set_more(self, decision: Decision, mismatch: Mismatch) -> bool:
         """Set other attributes than before, or let what one of them counts keep equally many."""
         node = mismatch.node
@@ -107,11 +132,11 @@ class Follower:
             return False
         matching = partial(matching_attributes, self.graph, decision)
         wanted = matching(node)
-        news = self._set(wanted, node)
+        news = self._set(wanted, node) or self._set_barred(wanted, node)
         if not news:  # the call is in a method of a part of the module, perhaps
             matching = partial(matching, parts=True)
             wanted = matching(node)
-            news = self._set(wanted, node)
+            news = self._set(wanted, node) or self._set_barred(wanted, node)
         if not news and self._guessed:
             self._guessed = False
             self._tried.clear()
@@ -186,14 +211,16 @@ class Follower:
             if old is None or (old[1] is node and old[0] != attribute):
                 self._tried[key] = attribute, node
                 news = True
-        if not news:  # one of those that were taken back was meant after all
-            meant = {(a.module, a.name): (a, node) for a in wanted}
-            meant = {key: both for key, both in meant.items() if key in self._barred}
-            self._barred -= meant.keys()
-            self._needed |= meant.keys()
-            self._tried |= meant
-            news = bool(meant)
         return news
+
+    def _set_barred(self, wanted: list[Attribute], node: fx.Node) -> bool:
+        """Set what was taken back: for this call it was meant after all."""
+        meant = {(a.module, a.name): (a, node) for a in wanted}
+        meant = {key: both for key, both in meant.items() if key in self._barred}
+        self._barred -= meant.keys()
+        self._needed |= meant.keys()
+        self._tried |= meant
+        return bool(meant)
 
     def _couple(self, wanted: list[Attribute], node: fx.Node) -> bool:
         """Where an attribute was set for another call, let both keep equally many."""
@@ -249,8 +276,18 @@ class Follower:
 
     def _given(self, node: fx.Node, read: fx.Node, axis: int) -> Labels | None:
         """``b, n, c = x.shape`` and later ``y.reshape(b, n, c)``: y's features are x's."""
-        counted = self._counted_axis(node, read.meta["shape"][axis])
-        return None if counted is None else counted[None]
+        size = read.meta["shape"][axis]
+        counted = self._counted_axis(node, size)
+        return self._pieces(Call(node), size) if counted is None else counted[None]
+
+    def _pieces(self, call: Call, size: int) -> Labels | None:
+        """``y.split((c, c, 3), 1)``: the pieces of that size, each with as many features as x."""
+        cut = rule_for(call.name).pieces(call)
+        labels = None if cut is None else self.graph.axis(call.first, cut[0])
+        if cut is None or labels is None:
+            return None
+        parts = [p for p in np.split(labels, np.cumsum(cut[1])[:-1]) if len(p) == size]
+        return np.stack(parts) if parts else None
 
     def _split(self, decision: Decision, node: fx.Node, read: fx.Node, axis: int) -> Labels | None:
         """``qkv.reshape(b, n, 3, heads, c // heads)``: each third of the features are as x's."""
@@ -273,12 +310,12 @@ class Follower:
         return None
 
 
-def _sizes_read(decision: Decision) -> dict[str, list[tuple[fx.Node, set[int]]]]:
-    """By module: the tensors that its forward reads sizes off, with those that the plan changes."""
-    found: dict[str, list[tuple[fx.Node, set[int]]]] = {}
+def _sizes_read(decision: Decision) -> dict[str, list[tuple[fx.Node, dict[int, int]]]]:
+    """By module: the tensors that its forward reads sizes off, with what the plan changes (to)."""
+    found: dict[str, list[tuple[fx.Node, dict[int, int]]]] = {}
     for node, module in decision.graph.trace.size_reads:
         before, after = _flat(node.meta["shape"]), _flat(expected_shape(decision, node))
-        sizes = {old for old, new in zip(before, after, strict=True) if old != new}
+        sizes = {old: new for old, new in zip(before, after, strict=True) if old != new}
         if sizes:
             found.setdefault(module, []).append((node, sizes))
     return found

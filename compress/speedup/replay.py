@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import inf
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from compress.graph.jumps import Settled
 from compress.graph.run import run_watched
-from compress.graph.trace import Recorder
+from compress.graph.trace import Recorder, raised_by_users_code
 from compress.graph.watch import Watch, shapes_in
 from compress.rules.registry import Call, rule_for
 from compress.speedup.decide import Decision
@@ -33,7 +34,8 @@ class Mismatch:
     """The first call (the ``index``-th) at which the re-run leaves the plan, and how.
 
     ``numbers``: the numbers among its arguments that are others now, by what they were. ``shape``:
-    that of what it gave; None where it gave nothing.
+    that of what it gave; None where it gave nothing. ``decided_in``: the module whose own code,
+    before the call, refused a size or went another way.
     """
 
     node: fx.Node
@@ -41,6 +43,7 @@ class Mismatch:
     got: str
     numbers: dict[float, float] = field(default_factory=dict)
     shape: Any = None
+    decided_in: str | None = None
 
 
 def expected_shape(decision: Decision, node: fx.Node) -> Any:
@@ -92,14 +95,20 @@ def replay(
         caught = broken
     error = "" if caught is None else f"{type(caught).__name__}: {caught}".splitlines()[0]
     calls, again = _calls(graph.trace.nodes), _calls(recorder.graph.nodes)
+    if _cached(calls) != _cached(again):  # a table for other sizes than before is made anew
+        calls, again = _computed(calls), _computed(again)
     for index, (before, after) in enumerate(zip(calls, again, strict=False)):
         got = _difference(decision, numbers, before, after)
         if got:
             changed = _changed_numbers(before, after, numbers)
-            return Mismatch(before, index, got, changed, after.meta["shape"])
+            way = _parting(before, after.meta["module"], after.meta["source"])
+            return Mismatch(before, index, got, changed, after.meta["shape"], way)
     if (error and not graph.trace.partial) or len(again) != len(calls):
         index = min(len(again), len(calls) - 1)
-        return Mismatch(calls[index], index, error or "it takes another path")
+        before, module = calls[index], recorder.module_path
+        by_user = caught is not None and raised_by_users_code(caught)
+        way = module if by_user else _parting(before, module, before.meta["source"])
+        return Mismatch(before, index, error or "it takes another path", decided_in=way)
     return None
 
 
@@ -177,6 +186,20 @@ def _calls(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [node for node in calls if not rule_for(node.meta["name"]).vanishes]
 
 
+def _cached(calls: list[fx.Node]) -> int:
+    """How many tensors come out of a cache."""
+    return sum(node.meta["name"] == "unseen" for node in calls)
+
+
+def _computed(calls: list[fx.Node]) -> list[fx.Node]:
+    """The calls that inputs or parameters have a part in."""
+    constant: set[fx.Node] = set()
+    for node in calls:
+        if constant.issuperset(node.all_input_nodes):
+            constant.add(node)
+    return [node for node in calls if node not in constant]
+
+
 def _difference(decision: Decision, numbers: Numbers, before: fx.Node, after: fx.Node) -> str:
     if before.meta["name"] != after.meta["name"]:
         return f"it calls {after.meta['name']} instead of {before.meta['name']}"
@@ -207,6 +230,14 @@ def same_picks(decision: Decision, before: fx.Node, after: fx.Node) -> bool:
         if axis not in again or not np.array_equal(expected, again[axis]):
             return False
     return True
+
+
+def _parting(before: fx.Node, module: str, source: tuple[str, int] | None) -> str | None:
+    """The module that a call and another one in its place ran in, if they are of other code."""
+    if (before.meta["module"], before.meta["source"]) == (module, source):
+        return None
+    pairs = zip(before.meta["module"].split("."), module.split("."), strict=False)
+    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _changed_numbers(before: fx.Node, after: fx.Node, planned: Numbers) -> dict[float, float]:
