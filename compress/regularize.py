@@ -29,7 +29,7 @@ from compress.errors import CompressError, ConfigError
 from compress.graph.channels import ChannelGraph
 from compress.graph.explain import parameter_axes
 from compress.masks import Masks, masked_parameter, parameter_slots, raw_parameter, suspend_masks
-from compress.pruners.dependency import join_grids
+from compress.pruners.structure import join_grids
 
 
 class Regularizer(ABC):

@@ -449,7 +449,7 @@ def test_dependency_aware_asks_the_graph(monkeypatch: pytest.MonkeyPatch) -> Non
 
         def tried(self, model: nn.Module, dummy_input: Any, masks: Masks, gone: str) -> Trial:
             assert list(masks) == ["0", "3", "5", "1"]
-            return Trial(masked=9, removed=7, learned=False)
+            return Trial(masked=9, stayed={}, learned=False)
 
         def warn_of_untouched(self, gone: str) -> None:
             assert gone == "gone"
@@ -487,3 +487,33 @@ def test_fine_tuning_keeps_the_masked_filters_silent(
         for name, parameters in masks.items():
             for key, mask in parameters.items():
                 assert (getattr(model.get_submodule(name), key)[~mask] == 0).all()
+
+
+class Padded(nn.Module):
+    """Of one layer nothing can go: its zeros are unknown behind a padding of another value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.first(x), (1, 1, 1, 1), value=2.0)
+        return self.head(self.second(x))
+
+
+def test_what_stays_in_a_trial_is_not_masked() -> None:
+    torch.manual_seed(0)
+    model, x = Padded(), torch.rand(1, 3, 4, 4)
+    config = [*HALF, {"exclude": True, "op_names": ["head"]}]
+    pruner = L1FilterPruner(model, config, mode="dependency_aware", dummy_input=x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="nothing of 'first': it is read by second"):
+        masks = pruner.calc_masks()
+    assert bool(masks["first"]["weight"].all())
+    assert int(masks["second"]["bias"].sum()) == 4
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(x.removed == 4 for x in ModelSpeedup(model, x, masks).report.layers)

@@ -424,9 +424,12 @@ class Pruner(MaskedModel, ABC):
             if trial.removed < most:  # what is counted together can be too much to go at once
                 break
             most, best = trial.removed, (coupling, gone, keep, extra)
-            if trial.removed == trial.masked or not trial.learned:
+            if not trial.stayed:
                 break
-            coupling = self._coupling(scores, coupling.graph)
+            if trial.learned:
+                coupling = self._coupling(scores, coupling.graph)
+            else:
+                coupling.hold(trial)
         coupling, gone, keep, extra = best
         coupling.warn_of_untouched(gone)
         return keep, extra

@@ -27,7 +27,13 @@ from compress.graph.trace import location
 from compress.masks import Masks
 from compress.pruners.oneshot import filter_axis
 from compress.pruners.parts import Part
-from compress.pruners.structure import head_grids, join_blocks_of, structure_classes
+from compress.pruners.structure import (
+    head_grids,
+    join_blocks_of,
+    join_grids,
+    structure_classes,
+    whole_rows,
+)
 from compress.speedup.cut import Cutter, Options
 from compress.speedup.decide import Limits
 from compress.speedup.surgery import by_leaf
@@ -59,11 +65,20 @@ class _Layer:
 
 @dataclass(frozen=True)
 class Trial:
-    """Of units that were masked, how many went, and whether that taught the graph anything."""
+    """What became of masked units in a cut.
+
+    ``stayed``: by layer, the labels of those that did not go, and why the first one did not.
+    ``learned``: whether it taught the graph anything.
+    """
 
     masked: int
-    removed: int
+    stayed: dict[str, tuple[Labels, str]]
     learned: bool
+
+    @property
+    def removed(self) -> int:
+        """How many went."""
+        return self.masked - sum(len(labels) for labels, _ in self.stayed.values())
 
 
 class Coupling:
@@ -117,6 +132,7 @@ class Coupling:
         roots = join_grids(graph, heads)
         roots = join_blocks_of(roots, units, blocks)
         self._by_row = whole_rows(graph, heads)
+        self._held: dict[str, str] = {}  # why layers' units stayed in a trial
         self.roots = _join_equal_parts(graph, roots, self.layers)
         for layer in self.layers:
             layer.roots = self.roots[units[layer.name]]
@@ -199,10 +215,20 @@ class Coupling:
         options, before = Options("exact", Limits(1, 1), True), self.graph.experience()
         cut = Cutter(model, dummy_input, by_leaf(model, masks), options, self.graph).cut(True)
         cut.undo()
-        units = np.concatenate(list(self._units.values()))
-        units = units[gone[self.roots[units]]]
-        removed = len(units) - int(cut.decision.kept(units).sum())
-        return Trial(len(units), removed, self.graph.experience() != before)
+        masked, stayed = 0, {}
+        for layer in self.layers:
+            units = self._units[layer.name][gone[layer.roots]]
+            left = units[cut.decision.kept(units)]
+            masked += len(units)
+            if len(left):
+                stayed[layer.name] = left, cut.decision.reason(int(left[0])) or ""
+        return Trial(masked, stayed, self.graph.experience() != before)
+
+    def hold(self, trial: Trial) -> None:
+        """Choose nothing more of what stayed in a trial: others may go."""
+        for name, (labels, reason) in trial.stayed.items():
+            self.fixed[self.roots[labels]] = True
+            self._held[name] = reason
 
     def warn_of_untouched(self, gone: np.ndarray) -> None:
         """Warn of each layer of which nothing goes, with the reason."""
@@ -226,6 +252,8 @@ class Coupling:
             return f"shares its weight with {shared!r}, which decides about both"
         if not labels.any():
             return "runs in no way that the graph knows"
+        if layer.name in self._held:
+            return self._held[layer.name]
         labels = labels if target.weights == WEIGHT else _with_rows(graph, labels)
         held = graph.root == graph.root[0]
         if held[labels].any():
@@ -345,45 +373,6 @@ def _join_equal_parts(graph: ChannelGraph, root: np.ndarray, layers: list[_Layer
         first = np.broadcast_to(ranked[:1], ranked.shape)
         root = joined(root, [first.ravel()], [ranked.ravel()])
     return root
-
-
-def join_grids(graph: ChannelGraph, heads_of: list[bool] | None = None) -> np.ndarray:
-    """Roots in which a grid loses whole columns (a dim of every head), or else whole rows (heads).
-
-    See `whole_rows`.
-    """
-    root = graph.root
-    for grid, rows in zip(graph.space.grids, whole_rows(graph, heads_of), strict=True):
-        lines = grid.rows[:, None] if rows else grid.columns[None, :]
-        lines = np.broadcast_to(lines, grid.cells.shape)
-        root = joined(root, [lines.ravel()], [grid.cells.ravel()])
-    return root
-
-
-def whole_rows(graph: ChannelGraph, heads_of: list[bool] | None = None) -> list[bool]:
-    """For each grid, whether rows go and not columns.
-
-    Rows where columns cannot go (a scale counts on the dims) or are sliced (a rotation, which takes
-    dims from all layers at once), where ``heads_of`` says so of the grid, and where the rows are
-    those of such a grid: the heads of q, k and v.
-    """
-    root, grids = graph.root, graph.space.grids
-    tied = np.zeros(len(root), bool)
-    for labels in (np.zeros(1, np.int64), *graph.space.sliced):
-        tied[root[labels]] = True
-    by_row = [bool(tied[root[g.columns]].any() and (root[g.rows] != 0).any()) for g in grids]
-    if heads_of is not None:
-        by_row = [row or head for row, head in zip(by_row, heads_of, strict=True)]
-    heads: set[int] = set()
-    while True:
-        found = {r for g, rows in zip(grids, by_row, strict=True) if rows for r in root[g.rows]}
-        if found <= heads | {0}:
-            return by_row
-        heads |= found - {0}
-        by_row = [
-            rows or not heads.isdisjoint(root[g.rows])
-            for g, rows in zip(grids, by_row, strict=True)
-        ]
 
 
 def _score_by_root(root: np.ndarray, layers: Iterable[_Layer]) -> np.ndarray:

@@ -91,3 +91,42 @@ def structure_classes(graph: ChannelGraph, root: np.ndarray) -> np.ndarray:
             classes[label] = numbers.setdefault(tuple(sorted(members)), len(numbers) + 1)
     of_roots: np.ndarray = classes[root]
     return of_roots
+
+
+def join_grids(graph: ChannelGraph, heads_of: list[bool] | None = None) -> np.ndarray:
+    """Roots in which a grid loses whole columns (a dim of every head), or else whole rows (heads).
+
+    See `whole_rows`.
+    """
+    root = graph.root
+    for grid, rows in zip(graph.space.grids, whole_rows(graph, heads_of), strict=True):
+        lines = grid.rows[:, None] if rows else grid.columns[None, :]
+        lines = np.broadcast_to(lines, grid.cells.shape)
+        root = joined(root, [lines.ravel()], [grid.cells.ravel()])
+    return root
+
+
+def whole_rows(graph: ChannelGraph, heads_of: list[bool] | None = None) -> list[bool]:
+    """For each grid, whether rows go and not columns.
+
+    Rows where columns cannot go (a scale counts on the dims) or are sliced (a rotation, which takes
+    dims from all layers at once), where ``heads_of`` says so of the grid, and where the rows are
+    those of such a grid: the heads of q, k and v.
+    """
+    root, grids = graph.root, graph.space.grids
+    tied = np.zeros(len(root), bool)
+    for labels in (np.zeros(1, np.int64), *graph.space.sliced):
+        tied[root[labels]] = True
+    by_row = [bool(tied[root[g.columns]].any() and (root[g.rows] != 0).any()) for g in grids]
+    if heads_of is not None:
+        by_row = [row or head for row, head in zip(by_row, heads_of, strict=True)]
+    heads: set[int] = set()
+    while True:
+        found = {r for g, rows in zip(grids, by_row, strict=True) if rows for r in root[g.rows]}
+        if found <= heads | {0}:
+            return by_row
+        heads |= found - {0}
+        by_row = [
+            rows or not heads.isdisjoint(root[g.rows])
+            for g, rows in zip(grids, by_row, strict=True)
+        ]
