@@ -517,3 +517,26 @@ def test_what_stays_in_a_trial_is_not_masked() -> None:
     assert int(masks["second"]["bias"].sum()) == 4
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(x.removed == 4 for x in ModelSpeedup(model, x, masks).report.layers)
+
+
+class Picking(nn.Module):
+    """Which places it goes on with depends on its parameters, as in a detector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.score = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        chosen = (self.score(y)[:, 0] > 0).nonzero()[:, 0]
+        return self.head(self.inner(y[chosen]))
+
+
+def test_a_model_that_looks_at_its_data_is_masked_untried() -> None:
+    torch.manual_seed(0)
+    model, x = Picking(), torch.randn(40, 4)
+    config = [*HALF, {"exclude": True, "op_names": ["head", "score"]}]
+    masks = L1FilterPruner(model, config, dependency_aware=True, dummy_input=x).calc_masks()
+    ModelSpeedup(model, x, masks).speedup_model()
+    assert (model.body.out_features, model.inner.out_features) == (4, 4)

@@ -83,10 +83,11 @@ class Pruner(MaskedModel, ABC):
         config_list: which layers, and how much of them: see `compress.config`.
         mode: "normal" takes every layer by itself; "global" is one ranking over all the layers of a
             ``total_sparsity`` entry; "dependency_aware" scores and masks the layers together that
-            can only shrink together, found by running the model on ``dummy_input``; "isomorphic"
-            does so, too, with one ranking under a ``total_sparsity`` for each kind of structure, so
-            that scores of different kinds (attention, MLP, residual stream) are not compared. Those
-            of one kind are, as they are; ``max_sparsity_per_layer`` bounds what a layer may lose.
+            can only shrink together, found by running the model on ``dummy_input``, and masks what
+            goes in a cut on trial, which is undone; "isomorphic" does so, too, with one ranking
+            under a ``total_sparsity`` for each kind of structure, so that scores of different kinds
+            (attention, MLP, residual stream) are not compared. Those of one kind are, as they are;
+            ``max_sparsity_per_layer`` bounds what a layer may lose.
         dependency_aware: NNI v1's way to say ``mode="dependency_aware"``.
         dummy_input: an input of the model, for the last two: a tensor, tuple, or dict of arguments.
         round_to: the number of kept units is rounded up to a multiple of this.

@@ -210,8 +210,11 @@ class Coupling:
         """What becomes of ``gone`` and its masks in a cut, which is undone.
 
         The graph learns what the model's own code cannot follow: a size that it has as a number,
-        two that it counts with one. What goes together is to be asked anew then.
+        two that it counts with one. What goes together is to be asked anew then. A model that looks
+        at what its parameters make takes another way when it is masked: it is not tried.
         """
+        if not self.graph.trace.on_meta:
+            return Trial(0, {}, learned=False)
         options, before = Options("exact", Limits(1, 1), True), self.graph.experience()
         cut = Cutter(model, dummy_input, by_leaf(model, masks), options, self.graph).cut(True)
         cut.undo()
