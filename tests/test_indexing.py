@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress import ModelSpeedup
+from compress.graph.channels import ChannelGraph
 
 BOXES = [[0, 0.0, 0.0, 4.0, 4.0], [1, 2.0, 1.0, 9.0, 9.0]]
 
@@ -250,3 +251,41 @@ def test_what_is_written_through_a_slice_is_part_of_the_whole() -> None:
     masks = {"body": filters(model.body, 1, 5, 9)}
     check_exact(model, torch.rand(2, 3).double(), masks)
     assert model.body.out_features == 9
+
+
+class Positions(nn.Module):
+    """Its tables are longer than the input: a parameter, and numbers that look up another one."""
+
+    def __init__(self, longer: int) -> None:
+        super().__init__()
+        self.longer = longer
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.table = nn.Parameter(torch.randn(64, 16))
+        self.embedding = nn.Embedding(64, 16)
+        self.register_buffer("places", torch.arange(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        table = self.table[: n + self.longer].unsqueeze(0)[:, :n]
+        y = self.first(x) + table + self.embedding(self.places[: n + self.longer][:n])
+        return self.second(y.relu())
+
+
+@pytest.mark.parametrize("longer", [0, 3])
+def test_places_that_a_run_does_not_read_stay(longer: int) -> None:
+    torch.manual_seed(0)
+    model = Positions(longer).double().eval()
+    randomise(model)
+    columns = torch.ones(64, 16)
+    columns[:, [1, 6]] = 0
+    masks = {"": {"table": columns}, "embedding": {"weight": columns}}
+    masks["first"] = filters(model.first, 1, 6)
+    x = torch.rand(2, 12, 8).double()
+    graph = ChannelGraph(model, x)
+    for table in ("table", "places"):
+        labels = graph.axis(graph.trace.leaves[table], 0)
+        assert (graph.root[labels] == 0).all()  # no run is needed to find that out
+    check_exact(model, x, masks)
+    assert model.table.shape == model.embedding.weight.shape == (64, 14)
+    assert model.places.shape == (64,)
+    assert model(torch.rand(2, 40, 8).double()).shape == (2, 40, 4)

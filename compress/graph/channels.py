@@ -7,6 +7,7 @@ which parameters must go together, and which cannot go at all.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ from compress.graph.explain import (
     find_groups,
     pin_clause,
 )
-from compress.graph.labels import Axis, LabelSpace, each_output
+from compress.graph.labels import Axis, Labels, LabelSpace, each_output
 from compress.graph.run import Masked, record
 from compress.graph.trace import Trace
 from compress.graph.walk import modules_of
@@ -81,6 +82,7 @@ class ChannelGraph:
             for axes in each_output(self.axes[output]):
                 self.space.pin_all(axes, output, "is an output of the model")
         self.space.pin_unattached()
+        self._pin_unread_places()
         for path, crossing in self.space.fields.items():
             weight = self.trace.leaves[path]
             if len(weight.users) != self.space.field_uses[path]:  # something else reads it, too
@@ -91,6 +93,27 @@ class ChannelGraph:
         self.root = self.space.roots()
         if not self.trace.complete:
             self.pin_everything("runs in a model with code that cannot be traced")
+
+    def _pin_unread_places(self) -> None:
+        """Keep what this run does not read of a table that it slices: a longer input reads it."""
+        if not self.space.sliced:
+            return
+        unread = np.zeros(self.space.size, bool)
+        for labels in self.space.sliced:
+            unread[labels] = True
+        for labels in {id(axis): axis for axis in self._axes_read()}.values():
+            unread[labels] = False
+        for leaf in self.trace.leaves.values():
+            for axis in self.axes[leaf]:
+                if axis is not None and unread[axis].any():
+                    self.space.pin(axis[unread[axis]], leaf, "is not read in this run")
+
+    def _axes_read(self) -> Iterator[Labels]:
+        """The label vectors of what calls read, but for those that only hand positions on."""
+        nodes = (n for s in self.steps if not s.rule.moves for n in s.call.inputs)
+        for node in nodes:
+            for axes in each_output(self.axes[node]):
+                yield from (axis for axis in axes if axis is not None)
 
     def _label(self, node: fx.Node) -> Any:
         if node.op == "get_attr":

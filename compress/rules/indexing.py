@@ -143,6 +143,8 @@ def _pin_picked(call: Call, taken: Picked, axes: AxesOf, space: LabelSpace) -> N
 class Indexing(Rule):
     """``x[index]``, read or written."""
 
+    moves = True
+
     def sized(self, call: Call) -> bool:
         taken = picked(call)
         return taken is not None and bool(taken.parts)

@@ -45,6 +45,8 @@ def reshape_axes(
 class Reshape(Rule):
     """Any change of shape that keeps the elements' order; the recorded shapes say which."""
 
+    moves = True
+
     def given_sizes(self, call: Call) -> dict[int, int]:
         sizes = call.rest(1, "shape") if call.name in ("view", "reshape") else ()
         return {i: s for i, s in enumerate(sizes) if isinstance(s, int) and s != -1}
@@ -91,6 +93,8 @@ def _changes_dtype(call: Call) -> bool:
 class Permute(Rule):
     """Another order of the axes."""
 
+    moves = True
+
     def order(self, call: Call) -> tuple[int, ...]:
         """Which input axis each output axis is."""
         ndim = len(call.shape)
@@ -120,6 +124,8 @@ def _without_input(call: Call) -> dict[str, Any]:
 @rule("cat", "concat", "concatenate")
 class Cat(Rule):
     """Tensors one after another along an axis."""
+
+    moves = True
 
     def parts(self, call: Call) -> tuple[list[fx.Node], int]:
         tensors = [t for t in call.arg(0, "tensors") if shape_of(t) != (0,)]
@@ -163,6 +169,8 @@ class Cat(Rule):
 class Stack(Rule):
     """Tensors side by side along a new axis."""
 
+    moves = True
+
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Axes:
         tensors = call.arg(0, "tensors")
         dim = normal_axis(call.arg(1, "dim", 0), len(call.shape))
@@ -187,6 +195,8 @@ class Stack(Rule):
 @rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
 class Split(Rule):
     """Consecutive pieces along an axis. Equal pieces stay equal: the code may count them anew."""
+
+    moves = True
 
     def sized(self, call: Call) -> bool:
         return True
@@ -225,6 +235,8 @@ class Split(Rule):
 class Unbind(Rule):
     """One tensor for each position of an axis; how many there are is the caller's code."""
 
+    moves = True
+
     def sized(self, call: Call) -> bool:
         return True
 
@@ -252,6 +264,8 @@ class Expand(Rule):
     What says where to look (indices, masks) is the same along a repeated axis: it may be repeated
     less often, with what it is said of.
     """
+
+    moves = True
 
     def given_sizes(self, call: Call) -> dict[int, int]:
         sizes = () if call.name == "expand_as" else call.rest(1, "size")
@@ -282,6 +296,8 @@ class Expand(Rule):
 @rule("flip", "roll", "fliplr", "flipud", "rot90", "tril", "triu")
 class Reorder(Rule):
     """Another order along axes, or a part set to 0; a labelled axis may only be turned round."""
+
+    moves = True
 
     def moved(self, call: Call) -> list[int]:
         """The axes that the function works along."""
@@ -322,6 +338,8 @@ class Reorder(Rule):
 @rule("repeat", "tile", "repeat_interleave")
 class Repeat(Rule):
     """Copies of an axis: of the whole one after another, or of each position."""
+
+    moves = True
 
     def sized(self, call: Call) -> bool:
         return True

@@ -135,12 +135,15 @@ class Rule:
     ``any_size``: the call runs whatever the sizes of its inputs, so that what it pins counts only
     where its output is used.
 
+    ``moves``: the call reads nothing itself, it hands positions on.
+
     ``vanishes``: the call may give its very input back, so that a run does not record it.
     """
 
     positional = False
     slides = False
     any_size = False
+    moves = False
     vanishes = False
 
     def sized(self, call: Call) -> bool:
