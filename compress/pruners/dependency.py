@@ -216,7 +216,9 @@ class Coupling:
         if not self.graph.trace.on_meta:
             return Trial(0, {}, learned=False)
         options, before = Options("exact", Limits(1, 1), True), self.graph.experience()
-        cut = Cutter(model, dummy_input, by_leaf(model, masks), options, self.graph).cut(True)
+        cut = Cutter(model, dummy_input, by_leaf(model, masks), options, self.graph).cut(
+            always_replay=False
+        )
         cut.undo()
         masked, stayed = 0, {}
         for layer in self.layers:
