@@ -163,7 +163,7 @@ def masked_parameter(module: nn.Module, name: str) -> Tensor | None:
 
 def masks_on(module: nn.Module) -> dict[str, MaskParametrization]:
     """Our masks on the parameters of ``module`` itself, by name."""
-    if not parametrize.is_parametrized(module):
+    if "parametrizations" not in module._modules:  # is_parametrized() takes ten times as long
         return {}
     names = list(cast(nn.ModuleDict, module.parametrizations))
     return {
