@@ -267,6 +267,7 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
 
 
 def _record(model: nn.Module, dummy_input: Any, masked: Masked, made: set[int] | None) -> Trace:
+    """The same, with the memory of what runs compute (filled meanwhile) where that is kept."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"model is a {type(model).__name__}: scripted code runs outside Python and cannot be "

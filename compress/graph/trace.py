@@ -274,7 +274,8 @@ class Recorder(TorchFunctionMode):
         Where it was ``x[index]``, x is now what ``x[index] = node`` makes of it.
         """
         before = self._nodes.get(id(tensor))
-        source, index = before.args if before is not None and _is_part(before) else (None, None)
+        part = before is not None and _is_part(before) and node.meta["name"] != "set_data"
+        source, index = before.args if part and before is not None else (None, None)
         sharing = [t for t in self._sharing.get(_memory(tensor), ()) if t is not tensor]
         whole = [t for t in sharing if self._nodes.get(id(t)) is source is not None]
         whole = [t for t in whole if id(t) not in self._written]
