@@ -300,7 +300,6 @@ def test_writing_in_place_stays_exact(
 @pytest.mark.parametrize(
     "function",
     [
-        _through_a_view,
         _split_parts,
         _base_through_the_view,
         _detached,
@@ -308,6 +307,11 @@ def test_writing_in_place_stays_exact(
 )
 def test_another_name_of_written_memory_is_stale(function: Callable[[Tensor], Tensor]) -> None:
     assert "stale_alias" in names(record(Forward(function), pictures()))
+
+
+def test_what_is_written_into_a_part_is_written_into_the_whole() -> None:
+    called = names(record(Forward(_through_a_view), pictures()))
+    assert called == ["conv2d", "getitem", "mul", "setitem", "conv2d"]
 
 
 def test_in_place_activation_is_an_ordinary_call() -> None:
