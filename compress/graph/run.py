@@ -262,8 +262,11 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
     if trace.complete:
         return trace
     # A tensor came from nowhere: out of a cache of earlier runs, or out of code that we cannot see?
-    with Made() as made:
-        return _record(model, dummy_input, masked, made.memory)
+    try:
+        with Made() as made:
+            return _record(model, dummy_input, masked, made.memory)
+    except TraceError:  # some code does not run under such a mode: all stays
+        return trace
 
 
 def _record(model: nn.Module, dummy_input: Any, masked: Masked, made: set[int] | None) -> Trace:
