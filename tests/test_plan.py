@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from compress import ChannelGraph, L1FilterPruner, Masks, ModelSpeedup
 from compress.errors import SpeedupError, TraceError
+from compress.graph.explain import layer_of
 from compress.speedup.plan import same_plan
 
 
@@ -260,7 +261,7 @@ def test_plans_answers_and_cuts_agree_on_drawn_networks(seed: int) -> None:
     graph = ChannelGraph(model, x)
     removed = {layer.layer: layer.removed for layer in speedup.report.layers}
     for path, units in graph.layers.items():
-        name = path.rpartition(".")[0]
+        name = layer_of(graph, path)
         answers = [speedup.why(path, channel) for channel in range(len(units.labels))]
         assert sum(answer.free for answer in answers) == removed.get(name, 0), name
         for channel, answer in enumerate(answers):

@@ -278,3 +278,31 @@ def test_a_size_that_is_read_later_is_not_what_was_counted() -> None:
     assert "tensor computes with another number at the model's forward" in str(
         speedup.why("first", 1)
     )
+
+
+class CountedScale(nn.Module):
+    """The scale is counted off an attribute at each call, as BEiT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = 8
+        self.q, self.k, self.v = (nn.Linear(12, 32) for _ in range(3))
+        self.out = nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (m(x).view(b, n, -1, self.dim).transpose(1, 2) for m in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, scale=1 / self.dim**0.5)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_whole_heads_go_where_the_scale_is_counted_at_each_call() -> None:
+    torch.manual_seed(0)
+    model = CountedScale().double()
+    randomise(model)
+    x = torch.rand(2, 5, 12, dtype=torch.float64)
+    config = [{"sparsity": 0.5, "op_names": ["q", "k", "v"]}]
+    masks = L1FilterPruner(model, config, mode="dependency_aware", dummy_input=x).calc_masks()
+    check_exact(model, x, {path: dict(each) for path, each in masks.items()}, trains=False)
+    assert (model.q.weight.shape, model.dim) == ((16, 12), 8)
+    assert model.out.weight.shape == (6, 16)

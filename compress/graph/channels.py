@@ -214,9 +214,26 @@ class ChannelGraph:
         found: dict[str, LayerUnits] = {}
         for step in self.steps:
             for made in step.rule.makes(step.call):
-                if made.weight.op == "get_attr":
-                    found.setdefault(str(made.weight.target), self._units(step.call, made))
+                weight = self._parameter_of(made)
+                if weight is not None:
+                    found.setdefault(str(weight.target), self._units(step.call, made))
         return found
+
+    def _parameter_of(self, made: Units) -> fx.Node | None:
+        """The parameter with a row for each unit, as the weight that may be computed from it."""
+        weight, axis = made.weight, made.weight_axis
+        if weight.op == "get_attr" or self.axes[weight][axis] is None:
+            return weight if weight.op == "get_attr" else None
+        seen, stack = {weight}, [weight]
+        while stack:
+            news = [node for node in stack.pop().all_input_nodes if node not in seen]
+            seen.update(news)
+            stack += [node for node in news if node.op == "call_function"]
+        alike = [n for n in seen if n.op == "get_attr" and shape_of(n) == shape_of(weight)]
+        roots = self.root[self.axes[weight][axis]]
+        labelled = [(n, self.axes[n][axis]) for n in alike if self.axes[n][axis] is not None]
+        found = [n for n, labels in labelled if np.array_equal(self.root[labels], roots)]
+        return found[0] if len(found) == 1 else None
 
     def _units(self, call: Call, made: Units) -> LayerUnits:
         of_weight = self.axes[made.weight][made.weight_axis]

@@ -298,11 +298,15 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
     if trace.complete:
         return trace
     # A tensor came from nowhere: out of a cache of earlier runs, or out of code that we cannot see?
-    with Made() as made:
-        return _record(model, dummy_input, masked, made.memory)
+    try:
+        with Made() as made:
+            return _record(model, dummy_input, masked, made.memory)
+    except TraceError:  # some code does not run under such a mode: all stays
+        return trace
 
 
 def _record(model: nn.Module, dummy_input: Any, masked: Masked, computed: set[int] | None) -> Trace:
+    """The same, with the memory of what runs compute (filled meanwhile) where that is kept."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"model is a {type(model).__name__}: scripted code runs outside Python and cannot be "

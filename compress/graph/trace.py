@@ -198,6 +198,7 @@ class Recorder(Watch):
         But if it is ``x[index]`` of a tensor x that is not stale, x was written at that index.
         """
         whole, index = self._parts.get(id(tensor), (None, None))
+        whole = None if node.meta["name"] == "set_data" else whole
         if whole is not None and id(whole) not in self._written and id(whole) in self._nodes:
             written = (self._nodes[id(whole)], index, node)
             self._write(self._call("setitem", torch.Tensor.__setitem__, written, {}), whole)

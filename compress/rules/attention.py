@@ -6,6 +6,7 @@ a position may go where either side is known to be 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from string import ascii_letters
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch import fx
 from compress.graph.labels import Axes, Axis, LabelSpace
 from compress.graph.shapes import per_position
 from compress.rules.contraction import Contraction, Geometry
+from compress.rules.elementwise import is_held
 from compress.rules.movement import Permute
 from compress.rules.registry import (
     OPAQUE,
@@ -266,7 +268,7 @@ class Attention(Rule):
     def labels(self, call: Call, axes: AxesOf, space: LabelSpace) -> Any:
         q, k, v = self.operands(call)
         dims = space.tie(axes(q)[-1], axes(k)[-1], call.node, "is summed over in attention")
-        if call.arg(6, "scale") is None:
+        if self.counts_dims(call):
             space.pin(dims, call.node, "sets the scale of attention by its number")
         for node in (k, v):
             space.pin(axes(node)[-2], call.node, "is a place that attention looks at")
@@ -278,6 +280,14 @@ class Attention(Rule):
             space.pin_all(axes(mask)[-2:], call.node, "is a place that attention looks at")
             lead.append((mask, axes(mask)[:-2]))
         return (*tie_broadcast(lead, call, space), axes(q)[-2], axes(v)[-1])
+
+    def counts_dims(self, call: Call) -> bool:
+        """Whether the scale is that of so many dims: by default, or as the code computes it."""
+        scale = call.arg(6, "scale")
+        if scale is None:
+            return True
+        usual = isinstance(scale, float) and math.isclose(scale, shape_of(call.first)[-1] ** -0.5)
+        return usual and call.modules is not None and not is_held(call.owner, scale)
 
     def _repeated(
         self, each: tuple[fx.Node, Axes], query: tuple[fx.Node, Axes], space: LabelSpace, call: Call

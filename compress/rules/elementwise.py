@@ -163,7 +163,7 @@ def _pin_scale(call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> No
     summed over, have just this size, and the module does not hold it as ``self.scale``.
     """
     number = call.arg(1, "other")
-    if not isinstance(number, float) or not number > 0 or _is_held(call.owner, number):
+    if not isinstance(number, float) or not number > 0 or is_held(call.owner, number):
         return
     source = call.first
     seen = [(source, len(shape_of(source)) - 1)] if shape_of(source) else []
@@ -180,7 +180,8 @@ def _pin_scale(call: Call, axes: Callable[[Any], Axes], space: LabelSpace) -> No
             space.pin(labels, call.node, "sets the scale of attention by its number")
 
 
-def _is_held(module: nn.Module, number: float) -> bool:
+def is_held(module: nn.Module, number: float) -> bool:
+    """Whether an attribute of a module is this number: it does not change with any size."""
     held = {**vars(module), **stand_in_state(module)}
     return any(isinstance(v, float) and v == number for v in held.values())
 
