@@ -132,18 +132,18 @@ class Follower:
             return False
         matching = partial(matching_attributes, self.graph, decision)
         wanted = matching(node)
-        news = self._set(wanted, node) or self._set_barred(wanted, node)
-        if not news:  # the call is in a method of a part of the module, perhaps
+        set_them = next((s for s in (self._set, self._set_barred) if s(wanted, node)), None)
+        if set_them is None:  # the call is in a method of a part of the module, perhaps
             matching = partial(matching, parts=True)
             wanted = matching(node)
-            news = self._set(wanted, node) or self._set_barred(wanted, node)
-        if not news and self._guessed:
+            set_them = next((s for s in (self._set, self._set_barred) if s(wanted, node)), None)
+        if set_them is None and self._guessed:
             self._guessed = False
             self._tried.clear()
             return True
-        if news or self._couple(wanted, node):
+        if set_them is not None or self._couple(wanted, node):
             for other in self._same_line(node):  # the other blocks will want the same
-                self._set(matching(other), other)
+                (set_them or self._set)(matching(other), other)
             return True
         self._hopeless.add(node)
         self._tried = {key: t for key, t in self._tried.items() if t[1] is not node}
