@@ -22,11 +22,21 @@ from torch import fx, nn
 from compress import allocate
 from compress.config import WEIGHT, Target, Targets
 from compress.graph.channels import ChannelGraph
-from compress.graph.labels import Axes, Axis, Labels, joined
+from compress.graph.labels import Labels, joined
 from compress.graph.trace import location
 from compress.masks import Masks
-from compress.pruners.oneshot import filter_axis
 from compress.pruners.parts import Part
+from compress.pruners.placed import (
+    channels_of,
+    coupled_besides,
+    paths_of,
+    rows_of,
+    shared_with,
+    units_of,
+    weights_of,
+    whole_units,
+    with_rows,
+)
 from compress.pruners.structure import (
     head_grids,
     join_blocks_of,
@@ -121,12 +131,12 @@ class Coupling:
         self.graph = graph
         self.targets, self.min_channels = targets, min_channels
         steps = {t.name: math.lcm(round_to, blocks.get(t.name, 1)) for t in targets}
-        units = {t.name: _units(graph, t, parts[t.name], len(scores[t.name])) for t in targets}
+        units = {t.name: units_of(graph, t, parts[t.name], len(scores[t.name])) for t in targets}
         self.layers = [
             _layer(graph, t, scores[t.name], units[t.name], steps[t.name], isomorphic)
             for t in targets
         ]
-        heads = _whole_units(graph, (_rows(graph, t, parts[t.name]) for t in targets))
+        heads = whole_units(graph, (rows_of(graph, t, parts[t.name]) for t in targets))
         if whole_heads:
             heads = [a or b for a, b in zip(heads, head_grids(graph), strict=True)]
         roots = join_grids(graph, heads)
@@ -142,7 +152,7 @@ class Coupling:
         self._classes = np.zeros(len(self.roots), np.int64)
         if isomorphic:
             self._classes = structure_classes(graph, self.roots)
-        self._units, self._names = units, _target_paths(targets)
+        self._units, self._names = units, paths_of(targets)
         self._devices = {name: values.device for name, values in scores.items()}
 
     def choose(self, sparsities: Mapping[str, float] | None = None) -> np.ndarray:
@@ -253,17 +263,17 @@ class Coupling:
 
     def _why_untouched(self, layer: _Layer, target: Target) -> str:
         graph, labels = self.graph, self._units[layer.name]
-        if shared := _shared_with(graph, target):
+        if shared := shared_with(graph, target):
             return f"shares its weight with {shared!r}, which decides about both"
         if not labels.any():
             return "runs in no way that the graph knows"
         if layer.name in self._held:
             return self._held[layer.name]
-        labels = labels if target.weights == WEIGHT else _with_rows(graph, labels)
+        labels = labels if target.weights == WEIGHT else with_rows(graph, labels)
         held = graph.root == graph.root[0]
         if held[labels].any():
             return graph.pin_reason(int(labels[held[labels]][0]))
-        if others := _coupled_besides(graph, target, self._names):
+        if others := coupled_besides(graph, target, self._names):
             return (
                 f"is coupled with {', '.join(map(repr, others))}, not to be pruned: select those, "
                 "too, if they may shrink with it"
@@ -297,72 +307,9 @@ def _layer(
         sparsity=target.sparsity,
         max_sparsity=1.0 if target.max_sparsity is None else target.max_sparsity,
         group=target.group,
-        weights_per_unit=sum(w.numel() for w in _weights(graph, target)) // len(scores),
+        weights_per_unit=sum(w.numel() for w in weights_of(graph, target)) // len(scores),
         step=step,
     )
-
-
-def _units(graph: ChannelGraph, target: Target, part: Part, units: int) -> np.ndarray:
-    """The labels of a layer's output units, or of a norm's channels; of a head, one of its values'.
-
-    Of a layer that was not called, but whose weight the model's own code uses: those along the axis
-    that its units would have. Zeros where none ran, or with another number of ``units``.
-    """
-    found = graph.layers.get(target.parameters[0])
-    if part.units is not None:
-        rows = _rows(graph, target, part)
-        labels = None if rows is None else rows[:, 0].copy()
-    elif found is not None:
-        labels = found.labels
-    else:
-        labels = _channels(graph, target.parameters[0])
-        leaf = graph.trace.leaves.get(target.parameters[0])
-        if leaf is not None and len(graph.axes[leaf]) > 1:
-            axis, _ = filter_axis(graph.model.get_submodule(target.modules[0]))
-            labels = graph.axes[leaf][axis]
-    return np.zeros(units, np.int64) if labels is None or len(labels) != units else labels
-
-
-def _rows(graph: ChannelGraph, target: Target, part: Part) -> np.ndarray | None:
-    """The labels of the rows of each unit, (units, rows), in the last copy of a layer of rows.
-
-    All that a unit has goes with these: the gates with one another, a head's queries and keys with
-    its values. None where the run did not use them.
-    """
-    leaf = graph.trace.leaves.get(target.parameters[-1])
-    labels: Axis = None if leaf is None else graph.axes[leaf][0]
-    if part.units is None or labels is None:
-        return None
-    rows: np.ndarray = labels.reshape(part.copies[part.weights[-1]], part.units, -1)[-1]
-    return rows
-
-
-def _channels(graph: ChannelGraph, path: str) -> np.ndarray | None:
-    """The labels of a weight with one axis, such as that of a norm, by its path."""
-    leaf = graph.trace.leaves.get(path)
-    axes: Axes = () if leaf is None else graph.axes[leaf]
-    return axes[0] if len(axes) == 1 else None
-
-
-def _target_paths(targets: Targets) -> set[str]:
-    """Paths of the weights of all targets, also where they are tied."""
-    modules = ((module, t) for t in targets for module in t.modules)
-    return {f"{module}.{name}" if module else name for module, t in modules for name in t.weights}
-
-
-def _weights(graph: ChannelGraph, target: Target) -> list[torch.Tensor]:
-    module = graph.model.get_submodule(target.modules[0])
-    return [getattr(module, name) for name in target.weights]
-
-
-def _whole_units(graph: ChannelGraph, rows: Iterable[np.ndarray | None]) -> list[bool]:
-    """For each grid, whether its rows are units of a target: they go whole, not by columns."""
-    found = [labels for labels in rows if labels is not None and labels.shape[1] > 1]
-    if not found:
-        return [False] * len(graph.space.grids)
-    several = np.concatenate([labels.ravel() for labels in found])
-    several = several[several != 0]
-    return [bool(np.isin(grid.cells, several).any()) for grid in graph.space.grids]
 
 
 def _join_equal_parts(graph: ChannelGraph, root: np.ndarray, layers: list[_Layer]) -> np.ndarray:
@@ -397,7 +344,7 @@ def _unremovable(
     Where the targets are norms, the layers that make their channels are pruned along, and the other
     norms of their kind are the layers that are not to be pruned.
     """
-    names = _target_paths(targets)
+    names = paths_of(targets)
     fixed = np.zeros(len(root), bool)
     fixed[0] = True
     of_norms = np.zeros(len(root), bool)
@@ -411,7 +358,7 @@ def _unremovable(
     for name, module in graph.model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, kinds) else None
         path = f"{name}.weight" if name else "weight"
-        labels = None if weight is None or path in names else _channels(graph, path)
+        labels = None if weight is None or path in names else channels_of(graph, path)
         if labels is not None:
             fixed[root[labels]] = True
     return fixed
@@ -484,34 +431,6 @@ def _weights_by_share(
             share = group, kind
             weights[share] = weights.get(share, 0) + number * layers[i].weights_per_unit
     return weights
-
-
-def _with_rows(graph: ChannelGraph, labels: np.ndarray) -> np.ndarray:
-    """Labels, and those of the rows of the grids that they are cells of: the heads."""
-    rows = [g.rows[np.isin(g.cells, labels[labels != 0]).any(1)] for g in graph.space.grids]
-    return np.concatenate([labels, *rows])
-
-
-def _shared_with(graph: ChannelGraph, target: Target) -> str:
-    """The layer under whose name the graph has this one's weight, if that is another."""
-    path, weight = target.parameters[0], _weights(graph, target)[0]
-    leaves = graph.trace.leaves
-    owners = (other for other in leaves if leaves[other].meta["tensor"] is weight)
-    owner = path if path in leaves else next(owners, path)
-    return "" if owner == path else owner.removesuffix(".weight")
-
-
-def _coupled_besides(graph: ChannelGraph, target: Target, targets: set[str]) -> list[str]:
-    """What a layer (or a norm) is coupled with of its kind that is no target."""
-    own = target.parameters[0] in graph.layers
-    found = []
-    for other in graph.coupled(target.name):
-        path = other if other in graph.layers else f"{other}.weight"
-        units = graph.layers.get(path)
-        of_its_kind = own == (units is not None) and not (units is not None and units.follows)
-        if of_its_kind and path not in targets:
-            found.append(other)
-    return found
 
 
 def _following_masks(
