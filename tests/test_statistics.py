@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from oracle import check_exact, outputs, randomise
-from torch import nn
+from test_speedup import filters
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress import L1FilterPruner, ModelSpeedup
@@ -306,3 +307,26 @@ def test_a_root_that_is_an_output_is_the_one_of_before():
     masks = {"first": {"weight": keep[:, None].expand(8, 4), "bias": keep}}
     check_exact(model, torch.randn(3, 4, dtype=torch.float64), masks)
     assert model.first.out_features == 8
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2), nn.LPPool2d(2, 4)])
+def test_what_is_known_place_by_place_is_pooled(pool: nn.Module) -> None:
+    """A table of positions is added: of its masked channels all places are 0, of others none."""
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+            self.table, self.pool = nn.Parameter(torch.zeros(1, 6, 8, 8)), pool
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.pool(self.body(x) + self.table))
+
+    torch.manual_seed(0)
+    model = Placed().double().eval()
+    randomise(model)
+    keep = torch.ones(1, 6, 8, 8)
+    keep[:, [1, 4]] = 0
+    masks = {"": {"table": keep}, "body": filters(model.body, 1, 4)}
+    check_exact(model, torch.rand(2, 3, 8, 8).double(), masks)
+    assert model.head.in_channels == 4

@@ -57,9 +57,14 @@ class Pooling(Rule):
         return tuple(given)
 
     def value(self, call: Call, known: Knowledge) -> Any:
-        value, rank = known.value(call.first), self.rank(call)
-        if value is None or any(s > 1 for s in value.shape[-rank:]):
+        value, places = known.value(call.first), tuple(range(-self.rank(call), 0))
+        if value is None:
             return None
+        if any(value.shape[axis] > 1 for axis in places):  # known place by place
+            zero = (value == 0).all(places, keepdim=True)
+            if not bool(zero.any()):
+                return None
+            value = torch.where(zero, 0.0, torch.nan).double()
         if call.shape and not isinstance(call.shape[0], int):
             return value, None
         changes = call.name.startswith(("lp_pool", "max_unpool"))
