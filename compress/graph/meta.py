@@ -284,7 +284,8 @@ def _reduced(first: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | 
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, (tuple, list)) or not dims or not _plain(first):
         return None
-    if not first.dtype.is_floating_point:
+    rank = first.dim()
+    if not first.dtype.is_floating_point or not all(-rank <= d < rank for d in dims):
         return None
     gone = {d % first.dim() for d in dims}
     sizes = (1 if i in gone else s for i, s in enumerate(first.shape) if keepdim or i not in gone)
