@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from compress import L1FilterPruner
 from compress.errors import ConfigError, TraceError
 from compress.graph.run import record
-from compress.graph.trace import Trace
+from compress.graph.trace import Trace, is_output
 from compress.graph.watch import function_name
 from compress.rules.registry import RULES
 
@@ -388,6 +388,20 @@ def test_a_run_in_train_mode_that_reaches_no_more_leaves_nothing(looks: bool) ->
     assert len(trace.outputs) == 1
     assert not set(trace.outputs) - set(trace.nodes)
     assert len(trace.jumps) == int(looks)
+
+
+def test_an_input_that_only_train_mode_returns_is_no_output() -> None:
+    class Returned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.unused = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return (self.conv(x), x) if self.training else self.conv(x)
+
+    trace = record(Returned(), pictures().float())
+    assert [node for node in trace.nodes if is_output(node)] == trace.outputs
+    assert len(trace.outputs) == 1
 
 
 def test_random_numbers_of_python_and_numpy_are_left_alone() -> None:

@@ -264,7 +264,7 @@ def run_watched(model: nn.Module, dummy_input: Any, watch: Watch) -> None:
         if watch.wants_training():
             try:
                 run(training=True)
-            except Exception as error:
+            except Exception as error:  # a head that is too deep for this input, say
                 watch.broke_off(error)
 
 
@@ -294,6 +294,11 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
     within ``masked()``, where the parameters have the values that count. Errors: ``TraceError``
     where the model does not run on ``dummy_input``; the model's own error is its cause.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"model is a {type(model).__name__}: scripted code runs outside Python and cannot be "
+            "recorded; pass the model before torch.jit.script, and script the small one"
+        )
     trace = _record(model, dummy_input, masked, None)
     if trace.complete:
         return trace
@@ -307,11 +312,6 @@ def record(model: nn.Module, dummy_input: Any, masked: Masked = nullcontext) -> 
 
 def _record(model: nn.Module, dummy_input: Any, masked: Masked, computed: set[int] | None) -> Trace:
     """The same, with the memory of what runs compute (filled meanwhile) where that is kept."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(
-            f"model is a {type(model).__name__}: scripted code runs outside Python and cannot be "
-            "recorded; pass the model before torch.jit.script, and script the small one"
-        )
     recorder = Recorder(on_meta=True, computed=computed)
     try:
         run_watched(model, dummy_input, recorder)

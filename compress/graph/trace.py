@@ -93,8 +93,8 @@ class Recorder(Watch):
     """Turn the torch functions of a run into the nodes of an fx graph.
 
     ``training``: whether a run in train mode is to follow; None: if eval mode does not reach all
-    parameters. ``broken`` is the error that ended it. ``computed`` is the memory of all that the
-    run has computed so far, where that is kept (`Made`).
+    parameters. ``broken`` is the error that ended that run. ``computed`` is the memory of all that
+    runs have computed so far, where that is kept (`Made`).
     """
 
     def __init__(
@@ -282,10 +282,12 @@ class Recorder(Watch):
         before = self._evaluated
         if before is None or len(self.leaves) > before.leaves:
             return before is not None
-        for node in reversed(list(self.graph.nodes)[before.nodes :]):
-            self.graph.erase_node(node)
+        for node in set(self.outputs[before.outputs :]) - set(self.outputs[: before.outputs]):
+            del node.meta["output"]  # its input, say
         del self.outputs[before.outputs :], self.effects[before.effects :]
         del self.size_reads[before.size_reads :]
+        for node in reversed(list(self.graph.nodes)[before.nodes :]):
+            self.graph.erase_node(node)
         if isinstance(self.jumps, Jumps):
             del self.jumps.calls[before.jumps :]
         self.complete, self.partial = before.complete, False

@@ -112,13 +112,15 @@ class InputValues:
                 return tuple(map(real, value))
             if isinstance(value, list):
                 return list(map(real, value))
+            if isinstance(value, dict):
+                return {key: real(each) for key, each in value.items()}
             if isinstance(value, slice):
                 return slice(real(value.start), real(value.stop), real(value.step))
             if isinstance(value, torch.device) and value.type == "meta":
                 return self._device
             return self._device if isinstance(value, str) and value == "meta" else value
 
-        return func(*real(args), **{name: real(value) for name, value in kwargs.items()})
+        return func(*real(args), **real(kwargs))
 
     def _stand_in(self, real: Tensor) -> Tensor:
         stand_in = torch.empty_like(real, device="meta")

@@ -62,16 +62,16 @@ def _plain_name(func: Callable[..., Any], name: str) -> str:
 class Watch(TorchFunctionMode):
     """See every call of a run that makes tensors, writes one, or looks at one.
 
-    Subclasses say what to do with it. With ``on_meta`` new tensors are
-    made on the meta device, and ``values`` are those that the inputs decide. ``jumps`` is what
-    keeps the jumps of a run on real tensors, or settles them. ``module_path`` is that of the module
-    which is running, and ``training`` whether the run is the one in train mode.
+    Subclasses say what to do with it. With ``on_meta`` new tensors are made on the meta device, and
+    ``values`` are those that the inputs decide. ``jumps`` is what keeps the jumps of a run on real
+    tensors, or settles them. ``module_path`` is that of the module which is running, and
+    ``training`` whether the run is the one in train mode.
     """
 
     def __init__(self, on_meta: bool, jumps: Jumps | Settled | None = None) -> None:
         super().__init__()
         self.on_meta = on_meta
-        self.jumps: Jumps | Settled | None = jumps
+        self.jumps = jumps
         self.values = InputValues()
         self.module_path = ""
         self.training = False

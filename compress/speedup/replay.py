@@ -1,4 +1,4 @@
-"""Run the shrunk model once more on the recorder: does its own code count as the plan expects?
+"""Run the shrunk model once more: does its own code count as the plan expects?
 
 A forward may take sizes from its inputs (they follow), from attributes (they are set) or from
 literals in the source (the channels they count must stay). The re-run tells which.
@@ -31,7 +31,7 @@ Numbers = Mapping[fx.Node, Mapping[float, float]]
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first call (the ``index``-th) at which the re-run leaves the plan, and how.
+    """The first call at which the re-run leaves the plan, and how.
 
     ``numbers``: the numbers among its arguments that are others now, by what they were. ``shape``:
     that of what it gave; None where it gave nothing. ``decided_in``: the module whose own code,
@@ -39,7 +39,6 @@ class Mismatch:
     """
 
     node: fx.Node
-    index: int
     got: str
     numbers: dict[float, float] = field(default_factory=dict)
     shape: Any = None
@@ -97,18 +96,17 @@ def replay(
     calls, again = _calls(graph.trace.nodes), _calls(recorder.graph.nodes)
     if _cached(calls) != _cached(again):  # a table for other sizes than before is made anew
         calls, again = _computed(calls), _computed(again)
-    for index, (before, after) in enumerate(zip(calls, again, strict=False)):
+    for before, after in zip(calls, again, strict=False):
         got = _difference(decision, numbers, before, after)
         if got:
             changed = _changed_numbers(before, after, numbers)
             way = _parting(before, after.meta["module"], after.meta["source"])
-            return Mismatch(before, index, got, changed, after.meta["shape"], way)
+            return Mismatch(before, got, changed, after.meta["shape"], way)
     if (error and not graph.trace.partial) or len(again) != len(calls):
-        index = min(len(again), len(calls) - 1)
-        before, module = calls[index], recorder.module_path
+        before, module = calls[min(len(again), len(calls) - 1)], recorder.module_path
         by_user = caught is not None and raised_by_users_code(caught)
         way = module if by_user else _parting(before, module, before.meta["source"])
-        return Mismatch(before, index, error or "it takes another path", decided_in=way)
+        return Mismatch(before, error or "it takes another path", decided_in=way)
     return None
 
 
